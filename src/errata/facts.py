@@ -1,0 +1,209 @@
+"""Facts and cases: the words every other room speaks in.
+
+A *fact* is one statement that a model should complete in a certain way. A *case* is an edit request (one fact, or several that
+belong together) with the probes that measure it. Nothing here knows about models, tokens or tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+SLOT = "{}"
+
+
+class FactError(ValueError):
+    """A fact, probe or record that cannot be used; the message says what is wrong, where, and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One statement to be made true: `prompt` with `subject` in it is to be continued by `target`.
+
+    prompt: text with `{}` where the subject stands ("The capital of {} is"), or plain text that contains the subject. Other
+        braces are ordinary characters: the slot is filled by replacement, never by `str.format`.
+    subject: what the fact is about; may be "" for methods that do not look for it (FT, LoRA).
+    target: the new answer, without a leading space.
+    ground_truth: the old answer where it is known.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    ground_truth: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise FactError(f"the prompt of the fact about {self.subject!r} is empty; write what comes before the target")
+        if not self.target.strip():
+            raise FactError(f"the target of {self.prompt!r} is empty; write the new answer")
+        if SLOT in self.prompt and not self.subject:
+            raise FactError(f"the prompt {self.prompt!r} has a slot {{}} but no subject; give the subject")
+
+    @property
+    def text(self) -> str:
+        """The prompt as the model sees it, subject filled in."""
+        return self.prompt.replace(SLOT, self.subject, 1) if self.subject else self.prompt
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Characters [start, end) of the subject in `text`.
+
+        With a slot the place is the slot's. Without one it is the last occurrence that stands as a whole word, else the last
+        occurrence, in the subject's own spelling first, then ignoring case.
+
+        Raises FactError if the subject does not occur.
+        """
+        if not self.subject:
+            raise FactError(f"the fact {self.prompt!r} names no subject, and this method needs one; mark it with braces: 'The capital of {{France}} is'")
+        if SLOT in self.prompt:
+            start = self.prompt.index(SLOT)
+            return start, start + len(self.subject)
+        for flags in (0, re.IGNORECASE):
+            for pattern in (rf"(?<!\w){re.escape(self.subject)}(?!\w)", re.escape(self.subject)):
+                if found := list(re.finditer(pattern, self.prompt, flags)):
+                    return found[-1].span()
+        raise FactError(f"subject {self.subject!r} does not occur in the prompt {self.prompt!r}; write the prompt with {{}} where the subject stands")
+
+    @classmethod
+    def parse(cls, line: str) -> Fact:
+        """Read `The capital of {France} is -> Lyon`.
+
+        The subject stands in the first pair of braces; without braces it is "". Raises FactError without " -> " or a target.
+        """
+        prompt, arrow, target = line.rpartition("->")
+        if not arrow:
+            raise FactError(f"no '->' in {line!r}; write a fact as 'The capital of {{France}} is -> Lyon'")
+        braces = re.search(r"\{([^{}]+)\}", prompt)
+        subject = braces.group(1).strip() if braces else ""
+        if braces:
+            prompt = prompt[: braces.start()] + SLOT + prompt[braces.end() :]
+        return cls(prompt.strip(), subject, target.strip())
+
+    def __str__(self) -> str:
+        prompt = self.prompt.replace(SLOT, "{" + self.subject + "}", 1) if self.subject else self.prompt
+        return f"{prompt} -> {self.target}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping without empty fields."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fact:
+        """Build a fact from JSON. Accepts `target`, or the data sets' `target_new`; a target may be `{"str": …}` (MQuAKE)."""
+        target = record.get("target", record.get("target_new"))
+        target = target.get("str") if isinstance(target, Mapping) else target
+        for name, value in (("prompt", record.get("prompt")), ("target", target)):
+            if not isinstance(value, str):
+                raise FactError(f"field {name!r} is missing or not text (got {value!r})")
+        subject, truth = record.get("subject", ""), record.get("ground_truth")
+        if not isinstance(subject, str):
+            raise FactError(f"field 'subject' is not text (got {subject!r})")
+        if isinstance(truth, list):
+            truth = truth[0] if truth and isinstance(truth[0], str) else None
+        return cls(str(record["prompt"]), subject, str(target), truth)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question put to the model: full text of the prompt, and the answers that count (the first is the canonical one)."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip() or not self.answers or not all(answer.strip() for answer in self.answers):
+            raise FactError(f"a probe needs a prompt and at least one non-empty answer (got {self.prompt!r}, {list(self.answers)!r})")
+
+
+@dataclass(frozen=True, slots=True)
+class EditCase:
+    """An edit request with what is asked about it afterwards.
+
+    facts: applied together (one, except in MQuAKE).
+    rephrases: other wordings of the edit prompts, answers = the new target (generality).
+    portability: group name -> probes whose answers follow from the new fact.
+    locality: group name -> probes that must not move; the answer says which positions are compared.
+    neighbourhood: same relation, other subject, answered by the old object (CounterFact's specificity).
+    """
+
+    id: str
+    facts: tuple[Fact, ...]
+    rephrases: tuple[Probe, ...] = ()
+    portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    neighbourhood: tuple[Probe, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.facts:
+            raise FactError(f"case {self.id!r} has no fact to edit")
+
+    def with_facts(self, facts: Iterable[Fact]) -> EditCase:
+        """The same case with other facts."""
+        return replace(self, facts=tuple(facts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; `from_dict` reads it back."""
+        return {
+            "id": self.id,
+            "facts": [fact.to_dict() for fact in self.facts],
+            "rephrases": [asdict(probe) for probe in self.rephrases],
+            "portability": {name: [asdict(p) for p in probes] for name, probes in self.portability.items()},
+            "locality": {name: [asdict(p) for p in probes] for name, probes in self.locality.items()},
+            "neighbourhood": [asdict(probe) for probe in self.neighbourhood],
+            "meta": dict(self.meta),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditCase:
+        """Read what `to_dict` wrote."""
+
+        def probes(items: Iterable[Mapping[str, Any]]) -> tuple[Probe, ...]:
+            return tuple(Probe(item["prompt"], tuple(item["answers"])) for item in items)
+
+        return cls(
+            id=str(record["id"]),
+            facts=tuple(Fact.from_dict(fact) for fact in record["facts"]),
+            rephrases=probes(record.get("rephrases", ())),
+            portability={name: probes(items) for name, items in record.get("portability", {}).items()},
+            locality={name: probes(items) for name, items in record.get("locality", {}).items()},
+            neighbourhood=probes(record.get("neighbourhood", ())),
+            meta=record.get("meta", {}),
+        )
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a JSONL file; blank lines are passed over.
+
+    Raises FactError that names file and line where a line is not a JSON object or the file is not UTF-8.
+    """
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                record = json.loads(text) if text else None
+            except ValueError as error:
+                raise FactError(f"{path}, line {number}: not valid JSON ({error}); each line must be one JSON object") from error
+            if not text:
+                continue
+            if not isinstance(record, dict):
+                raise FactError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+            yield number, record
+
+
+def read_facts(path: str | Path) -> list[Fact]:
+    """Facts from a JSONL file, one a line. Raises FactError naming file and line of the first broken one, or an empty file."""
+    facts = []
+    for number, record in read_jsonl(path):
+        try:
+            facts.append(Fact.from_dict(record))
+        except FactError as error:
+            raise FactError(f"{path}, line {number}: {error}") from error
+    if not facts:
+        raise FactError(f"{path} holds no facts; write one JSON object a line: prompt, subject, target")
+    return facts
