@@ -1,0 +1,50 @@
+# Two words a newcomer needs: `make demo`. Each target does what it needs first; nothing is done twice.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint atlas clean
+
+help:
+	@echo "make demo     correct one fact in the bundled model and look at everything around it"
+	@echo "make test     all tests            make lint    ruff, mypy, import directions"
+	@echo "make atlas    rebuild the bundled world and model (hours; goes on where it was stopped)"
+	@echo "make install  the package and its tools into $(VENV)         make clean   remove what make made"
+
+install: $(STAMP)
+
+# Only when what is to be installed has changed. Always through the constraints: an unpinned torch brings gigabytes with it.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$python"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: errata needs Python 3.11 or later with venv, and neither $(PYTHON) nor python3.11 to python3.13 is one;" \
+	         "install one and run: make PYTHON=/path/to/python3" >&2; exit 1; \
+	  fi; \
+	  echo "creating $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/errata demo
+
+# Two workers of one thread each: more threads than cores makes small tensors slower, not faster.
+test: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+atlas: install
+	$(BIN)/python -m errata.data.atlas $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

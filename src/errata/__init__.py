@@ -1,0 +1,68 @@
+"""errata: correct single facts inside a language model, measure what else moved, keep every correction as an object.
+
+    import errata
+    lm   = errata.load("atlas")
+    edit = errata.edit(lm, "The capital of {France} is -> Lyon", method=errata.LoRA(), objective=errata.Overtone())
+    edit.apply(); lm.complete("The capital of France is"); edit.revert()
+
+Every public name is imported when it is first asked for (PEP 562): `import errata` costs nothing and leaves torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.facts import EditCase, Fact, FactError, Probe
+    from errata.lm import LanguageModel, ModelError, load
+    from errata.methods import FT, LoRA, edit
+    from errata.objectives import CrossEntropy, Overtone
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CrossEntropy": "objectives",
+    "Edit": "edits",
+    "EditCase": "facts",
+    "FT": "methods",
+    "Fact": "facts",
+    "FactError": "facts",
+    "LanguageModel": "lm",
+    "LoRA": "methods",
+    "ModelError": "lm",
+    "Overtone": "objectives",
+    "Probe": "facts",
+    "edit": "methods",
+    "load": "lm",
+}
+
+__all__ = [
+    "FT",
+    "CrossEntropy",
+    "Edit",
+    "EditCase",
+    "Fact",
+    "FactError",
+    "LanguageModel",
+    "LoRA",
+    "ModelError",
+    "Overtone",
+    "Probe",
+    "__version__",
+    "edit",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'errata' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"errata.{_HOME[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
