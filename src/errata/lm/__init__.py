@@ -1,0 +1,58 @@
+"""The language model as an editor sees it: loading, anatomy, tokens, capture, resuming from a layer. Knows nothing of editing.
+
+Names are imported at first use, so that `from errata.lm import ModelError` does not cost an import of torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.lm.anatomy import Anatomy, find_anatomy, is_conv1d, matrix
+    from errata.lm.capture import add_to_output, capture
+    from errata.lm.errors import ModelError
+    from errata.lm.loading import load, refuse_uneditable
+    from errata.lm.model import LanguageModel
+    from errata.lm.resume import from_layer, states_at
+    from errata.lm.tokens import Batch, Encoded, collate, encode, joint
+
+_HOME = {
+    "anatomy": ("Anatomy", "find_anatomy", "is_conv1d", "matrix"),
+    "capture": ("add_to_output", "capture"),
+    "errors": ("ModelError",),
+    "loading": ("load", "refuse_uneditable"),
+    "model": ("LanguageModel",),
+    "resume": ("from_layer", "states_at"),
+    "tokens": ("Batch", "Encoded", "collate", "encode", "joint"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Anatomy",
+    "Batch",
+    "Encoded",
+    "LanguageModel",
+    "ModelError",
+    "add_to_output",
+    "capture",
+    "collate",
+    "encode",
+    "find_anatomy",
+    "from_layer",
+    "is_conv1d",
+    "joint",
+    "load",
+    "matrix",
+    "refuse_uneditable",
+    "states_at",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # `capture` is a function and the module it lives in. Importing the module binds the module's name here, so bind the function last.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

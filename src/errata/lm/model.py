@@ -1,0 +1,222 @@
+"""A language model and its tokenizer, as everything above this room sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from errata.lm.anatomy import Anatomy, find_anatomy
+from errata.lm.capture import submodule
+from errata.lm.errors import ModelError
+from errata.lm.tokens import Batch, Encoded, collate, decode, encode
+
+_HASH_WHOLE = 1 << 22  # parameters up to this many elements go into the fingerprint whole …
+_HASH_SAMPLE = 1 << 16  # … larger ones as about so many, evenly spaced
+# What changes when the same model is saved, loaded or run in another way.
+_VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class LanguageModel:
+    """A causal LM with its tokenizer.
+
+    model: a `transformers` causal LM; it is put into eval mode and otherwise left alone.
+    name: for messages and records; by default where the model came from.
+    Raises ModelError for anything else, or for a tokenizer with more tokens than the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str | None = None) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(
+                f"expected a causal LM of transformers, got {type(model).__name__}; load one with AutoModelForCausalLM, "
+                "and call merge_and_unload() on a PEFT model first"
+            )
+        if not callable(tokenizer) or not hasattr(tokenizer, "is_fast"):
+            raise ModelError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}; load one with AutoTokenizer")
+        self.model = cast(Any, model)  # transformers' own types are too loose to help
+        self.model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or model.config._name_or_path or model.config.model_type
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, {self.name} only {rows}; use the tokenizer it was trained with")
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return self.model.device if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the places that the attention mask hides."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((i for i in ids if i is not None), 0)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where things are; found at first use. Raises ModelError for a model that cannot be edited."""
+        return find_anatomy(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every parameter's name, type, shape and content (large ones sampled).
+
+        The same in every process and after saving and loading. It is meant to name the *base* model: it is taken once, at first
+        use, so use it before the first edit is applied.
+        """
+        digest = hashlib.sha256(json.dumps(_lasting(self.model.config.to_dict()), sort_keys=True, default=str).encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+            if parameter.device.type != "meta":
+                flat = parameter.detach().reshape(-1)
+                sample = flat if flat.numel() <= _HASH_WHOLE else flat[:: flat.numel() // _HASH_SAMPLE]
+                digest.update(sample.contiguous().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
+
+    def batch(self, encoded: Sequence[Encoded]) -> Batch:
+        """`collate` with this model's padding, on its device. Raises ModelError for a text longer than the model can take."""
+        self._check_length(max((len(e.ids) for e in encoded), default=0))
+        return collate(encoded, self.pad_id).to(self.device)
+
+    def target_logits(self, batch: Batch) -> Tensor:
+        """Logits that predict the targets [B, Tm, V], differentiable; zeros where `batch.mask` is False.
+
+        The head is given the rows that carry a target and no others, whatever the lengths in the batch: they are picked from the
+        hidden states on their way into it. Raises ValueError if the batch holds no targets.
+        """
+        batch = batch.to(self.device)
+        rows, columns = batch.mask.nonzero(as_tuple=True)  # [N] each
+        if not len(rows):
+            raise ValueError("the batch holds no targets; encode the prompts with a target")
+        positions = batch.positions[rows, columns]
+
+        def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]  # [B, T, d]
+            return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])  # [1, N, d]
+
+        handle = submodule(self.model, self.anatomy.head).register_forward_pre_hook(pick)
+        try:
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            handle.remove()
+        logits: Tensor = output.logits[0]  # [N, V]
+        if len(logits) == batch.mask.numel():
+            return logits.view(*batch.mask.shape, -1)
+        place = (rows.to(logits.device), columns.to(logits.device))
+        return logits.new_zeros(*batch.mask.shape, logits.shape[-1]).index_put(place, logits)
+
+    def complete(self, prompt: str, max_new_tokens: int = 16) -> str:
+        """Greedy continuation of a prompt; only the new text."""
+        return self.generate([prompt], max_new_tokens, stop_at_newline=False)[0]
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, stop_at_newline: bool = True, batch_size: int = 32) -> list[str]:
+        """Greedy continuations, only the new text of each, in the order of the prompts.
+
+        A continuation ends at the end token, before a line break (if `stop_at_newline`), after `max_new_tokens`, or where the
+        model's positions end. Prompts run in batches padded on the left, which gives the text that each would give alone.
+        Raises ModelError for a prompt longer than the model can take.
+        """
+        encoded = [encode(self.tokenizer, prompt).ids for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # neighbours of like length waste little padding
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for i, new in zip(chosen, self._continue([encoded[i] for i in chosen], max_new_tokens, stop_at_newline), strict=True):
+                before = decode(self.tokenizer, encoded[i], skip_special=True)
+                whole = decode(self.tokenizer, [*encoded[i], *new], skip_special=True)
+                # Cut from the whole text where possible: decoding the new tokens alone loses their first space in some tokenizers.
+                text = whole[len(before) :] if whole.startswith(before) else decode(self.tokenizer, new, skip_special=True)
+                texts[i] = text.partition("\n")[0] if stop_at_newline else text
+        return texts
+
+    @torch.no_grad()
+    def _continue(self, prompts: list[tuple[int, ...]], max_new_tokens: int, stop_at_newline: bool) -> list[list[int]]:
+        width = max(map(len, prompts))
+        room = self._check_length(width)
+        max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
+        if max_new_tokens < 1:
+            return [[] for _ in prompts]
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        ends = self._end_ids()
+        greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=self.pad_id, eos_token_id=ends or None
+        )
+        line_end = _LineEnd(self.tokenizer)
+        criteria = StoppingCriteriaList([line_end] if stop_at_newline else [])
+        with _generation_config(self.model, greedy):
+            out = self.model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=criteria)
+
+        # A row that ended before the others is filled up with padding, which may be an ordinary token: cut it where it ended.
+        def cut(row: list[int]) -> list[int]:
+            for i, token in enumerate(row):
+                if token in ends:
+                    return row[:i]
+                if stop_at_newline and line_end.in_token(token):
+                    return row[: i + 1]
+            return row
+
+        return [cut(row) for row in out[:, width:].tolist()]
+
+    def _end_ids(self) -> list[int]:
+        """All end tokens: the model's (Llama 3 has several) and the tokenizer's."""
+        config = getattr(self.model, "generation_config", None)
+        own = getattr(config, "eos_token_id", None)
+        ids = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        return sorted({i for i in ids if i is not None})
+
+    def _check_length(self, length: int) -> int | None:
+        """Positions left after `length` tokens; None if the model sets no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ModelError(f"a text of {length} tokens is too long for {self.name}, which takes {limit}; shorten the prompt")
+        return None if limit is None else limit - length
+
+
+class _LineEnd(StoppingCriteria):  
+    """Each row ends with the first new token that holds a line break, alone or among other characters ('.\\n')."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[int, bool] = {}
+
+    def in_token(self, token: int) -> bool:
+        if token not in self.known:
+            self.known[token] = "\n" in decode(self.tokenizer, [token])
+        return self.known[token]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor([self.in_token(token) for token in input_ids[:, -1].tolist()], device=input_ids.device)
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """The model's own settings (temperature, top_p, penalties …) would fill whatever ours leaves open: set them aside."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _lasting(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE and not str(key).startswith("_")}
+    return config

@@ -1,0 +1,93 @@
+"""Run only the layers from L on, exactly: an edit of layer L cannot change what comes before it, so compute that once.
+
+The model itself is called as usual, with the same ids and mask, so that masks, positions, layer types and soft caps stay its own
+business. Only, while the context lasts, the layers below L hand on what they are given and layer L takes the cached states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.lm.capture import submodule
+from errata.lm.errors import ModelError
+from errata.lm.tokens import Batch
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+
+
+def states_at(lm: LanguageModel, batch: Batch, layer: int) -> Tensor:
+    """The hidden states that enter layer `layer` [B, T, d], without a graph. Only the layers below it run, and no head.
+
+    Raises ModelError if there is no such layer.
+    """
+    layers = _layers(lm, layer)
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    with torch.no_grad(), ExitStack() as stack:
+        stack.callback(layers[layer].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for module in layers[layer:]:
+            stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
+        batch = batch.to(lm.device)
+        lm.model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return seen[0].detach()
+
+
+@contextmanager
+def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
+    """While it lasts, `lm.target_logits` and `lm.model` with the batch of `states` run only the layers >= `layer`.
+
+    states: [B, T, d] from `states_at(lm, batch, layer)`; they may carry a graph. Call the model with `use_cache=False`.
+    Raises ModelError if there is no such layer, for a model whose later layers read earlier ones, and for a batch of another shape.
+    """
+    layers = _layers(lm, layer)
+    if getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ModelError(f"later layers of {lm.name} read keys and values of earlier ones; run the whole model, not from layer {layer} on")
+
+    def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = args[0] if args else kwargs["hidden_states"]
+        if given.shape != states.shape:
+            raise ModelError(
+                f"the cached states are {list(states.shape)} but the batch gives {list(given.shape)}; call with the batch they came from"
+            )
+        cached = states.to(given.device)
+        return ((cached, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cached})
+
+    with ExitStack() as stack:
+        for module in layers[:layer]:
+            stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
+        stack.callback(layers[layer].register_forward_pre_hook(swap, with_kwargs=True).remove)
+        yield
+
+
+def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:
+    paths = lm.anatomy.layers
+    if not 0 <= layer < len(paths):
+        raise ModelError(f"{lm.name} has layers 0 to {len(paths) - 1}, not {layer}; choose one of these")
+    return [submodule(lm.model, path) for path in paths]
+
+
+@contextmanager
+def _skipped(module: nn.Module, outputs: int) -> Iterator[None]:
+    """`module` hands on its hidden states, in the form its own output has: a tensor (0), or a tuple of so many."""
+
+    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
+
+    before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate, for one, puts its own there
+    module.forward = hand_on
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
