@@ -1,0 +1,236 @@
+"""What is to be measured: the whole configuration of a run, as one value and as `plan.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import product
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from errata.facts import EditCase
+
+PROTOCOLS = ("single",)
+Settings = Mapping[str, Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class PlanError(ValueError):
+    """The request itself is wrong: an unknown name or setting, or a run folder that belongs to another plan."""
+
+
+class Row(NamedTuple):
+    """One line of the table: a method trained with an objective, under one seed."""
+
+    method: str
+    objective: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}+{self.objective}"
+
+    def case_seed(self, case_id: str) -> int:
+        """The seed of one edit, 0 to 2³¹ - 1: from what is edited, never from when.
+
+        The objective has no part in it, so that two objectives start from the same adapters and draw the same dropout masks:
+        a paired comparison.
+        """
+        digest = hashlib.sha256(json.dumps([self.seed, self.method, case_id]).encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The effective configuration of a run.
+
+    methods, objectives: names of the registries; every method is run with every objective.
+    protocol: "single" (each case from the unedited model, measured after its edit).
+    limit, split: the first `limit` cases of the data set's `split`; None is all of them, and the data set's own choice.
+    seeds: one set of rows for each.
+    settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
+        last is for the objective in that company only.
+    threads: torch threads; part of the plan because sums in another order may differ in the last bit.
+    data_hash, model_fingerprint, versions: filled in when the run starts, checked when it goes on.
+    """
+
+    model: str
+    data: str
+    methods: tuple[str, ...]
+    objectives: tuple[str, ...] = ("ce",)
+    protocol: str = "single"
+    limit: int | None = None
+    split: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    settings: Settings = field(default_factory=dict)
+    threads: int | None = None
+    data_hash: str | None = None
+    model_fingerprint: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.model or not self.data:
+            raise PlanError("a plan needs a model and a data set")
+        for name in ("methods", "objectives", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise PlanError(f"the plan names no {name}")
+            if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+                raise PlanError(f"{name}: {', '.join(twice)} stands there twice")
+        if self.protocol not in PROTOCOLS:
+            raise PlanError(f"unknown protocol {self.protocol!r}; there is {', '.join(PROTOCOLS)}")
+        if self.limit is not None and self.limit < 1:
+            raise PlanError(f"limit must be at least 1 (got {self.limit}); leave it out for all cases")
+        known = [*self.methods, *self.objectives, *(f"{m}+{o}" for m, o in product(self.methods, self.objectives))]
+        for name in self.settings:
+            if name not in known:
+                raise PlanError(f"settings for {name!r}, which the plan does not run{did_you_mean(name, known)}")
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table's lines, in its order."""
+        return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self.objectives]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A YAML-ready mapping; `from_dict` reads it back."""
+        record = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], where: str = "the plan") -> Plan:
+        """Build a plan from a mapping. Raises PlanError that names an unknown, missing or mistyped field."""
+        names = [f.name for f in fields(cls)]
+        for name in record:
+            if name not in names:
+                raise PlanError(f"{where}: unknown field {name!r}{did_you_mean(str(name), names)}")
+        if missing := [name for name in ("model", "data", "methods") if not record.get(name)]:
+            raise PlanError(f"{where}: field {missing[0]!r} is missing")
+        values = dict(record)
+        for name, kind in {"methods": str, "objectives": str, "seeds": int}.items():
+            if name in values:
+                listed = values[name] if isinstance(values[name], list | tuple) else [values[name]]
+                if not all(type(item) is kind for item in listed):
+                    raise PlanError(f"{where}: {name} must be a list of {kind.__name__} (got {values[name]!r})")
+                values[name] = tuple(listed)
+        for name in ("limit", "threads"):
+            if type(values.get(name)) not in (int, type(None)):
+                raise PlanError(f"{where}: {name} must be a whole number (got {values[name]!r})")
+        settings = values.get("settings") or {}
+        if not isinstance(settings, Mapping) or not all(isinstance(inner, Mapping) for inner in settings.values()):
+            raise PlanError(f"{where}: settings must be a mapping like {{lora: {{lr: 0.001}}}} (got {settings!r})")
+        values["settings"] = {owner: {name: _scalar(value) for name, value in inner.items()} for owner, inner in settings.items()}
+        return cls(**values)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """The plan in a YAML file. Raises PlanError if it is not one, FileNotFoundError if there is no file."""
+        try:
+            record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} is not a YAML file ({' '.join(str(error).split())})") from error
+        if not isinstance(record, Mapping):
+            raise PlanError(f"{path} is not a plan; it must be a mapping with model, data, methods …")
+        return cls.from_dict(record, str(path))
+
+    def dump(self) -> str:
+        """The text of `plan.yaml`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def must_equal(self, other: Plan, where: str) -> None:
+        """Raises PlanError naming the first field in which `other`, the plan that wrote the records, differs."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        for name, value in mine.items():
+            if value != theirs[name]:
+                raise PlanError(
+                    f"{where} was started with another plan: {name} was {theirs[name]!r} and is now {value!r}; "
+                    "give the same options, or another --out for the new plan"
+                )
+
+
+def hash_cases(cases: Iterable[EditCase]) -> str:
+    """sha256 over the cases as they were loaded, in order: whatever the file's form, the same cases have the same hash."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(json.dumps(case.to_dict(), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read `lora.lr=1e-3`: numbers, true, false, none and JSON lists are read as such, anything else is text.
+
+    Raises PlanError for an item without a name, a dot or an equals sign.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        owner, dot, name = key.strip().rpartition(".")
+        if not (equals and dot and owner and name):
+            raise PlanError(f"cannot read the setting {item!r}; write it as method.name=value, for instance lora.lr=1e-3")
+        settings.setdefault(owner, {})[name] = _scalar(text.strip())
+    return settings
+
+
+def _scalar(value: Any) -> Any:
+    """Text that spells a number, a truth value, nothing or a JSON list as what it spells (YAML 1.1 reads 1e-3 as text)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null", "none": "null"}.get(value, value))
+    except ValueError:
+        return value
+
+
+def configure(part: T, settings: Mapping[str, Any], name: str) -> T:
+    """`part` (a frozen dataclass of hyper-parameters) with some of them changed.
+
+    Raises PlanError for a hyper-parameter that it does not have, or a value of another type than the default's.
+    """
+    if not settings:
+        return part
+    if not is_dataclass(part) or isinstance(part, type):
+        raise PlanError(f"{name} has no settings")
+    hints = get_type_hints(type(part))
+    own = [f.name for f in fields(part) if f.init]
+    values = {}
+    for key, value in settings.items():
+        if key not in own:
+            raise PlanError(f"{name} has no setting {key!r}{did_you_mean(key, own)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hints[key]):
+            raise PlanError(f"{name}.{key} cannot be {value!r}: it is {_spell(hints[key])} (default {getattr(part, key)!r})")
+        values[key] = value
+    try:
+        return replace(part, **values)
+    except ValueError as error:
+        raise PlanError(f"{name}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from text is of the type that the field declares."""
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kind = get_origin(hint) or hint
+    return type(value) in (int, float) if kind is float else type(value) is int if kind is int else isinstance(value, kind)
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(known)}"
