@@ -1,0 +1,162 @@
+"""One correction as an object: what it adds to the weights, for which facts, made how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from errata.edits.delta import KINDS, Delta
+from errata.edits.errors import EditError
+from errata.edits.stack import Stack
+from errata.facts import Fact
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+
+FORMAT = 1
+RECORD, TENSORS = "edit.json", "deltas.safetensors"
+
+
+class Edit:
+    """What an editor leaves behind. Making it does not change the model; `apply` and `revert` do, exactly.
+
+    lm: the model it was made for, named in `lm_fingerprint`.
+    deltas: what is added to which weight.
+    facts: what it is to make true.
+    method, objective: name and hyper-parameters, ready for JSON; objective is None where nothing was optimised.
+    diagnostics: steps, losses, seconds by stage …, ready for JSON.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        deltas: Sequence[Delta],
+        facts: Sequence[Fact],
+        method: Mapping[str, Any],
+        objective: Mapping[str, Any] | None = None,
+        diagnostics: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.lm = lm
+        self.lm_fingerprint: str = lm.fingerprint  # taken before any edit can have changed the weights
+        self.deltas = tuple(deltas)
+        self.facts = tuple(facts)
+        self.method = dict(method)
+        self.objective = None if objective is None else dict(objective)
+        self.diagnostics = dict(diagnostics or {})
+
+    def __repr__(self) -> str:
+        more = f" and {len(self.facts) - 1} more" if len(self.facts) > 1 else ""
+        return f"Edit({str(self.facts[0]) if self.facts else 'no fact'!r}{more}, {self.method.get('name', 'unnamed')})"
+
+    @property
+    def applied(self) -> bool:
+        """Whether its deltas are in the model's weights now."""
+        return Stack.of(self.lm).holds(self)
+
+    def apply(self) -> None:
+        """Write it into the model, on top of the edits that are applied already.
+
+        Raises EditError if it is applied already or does not fit the weights, ModelError if they cannot be written to; in each case
+        the model is unchanged.
+        """
+        Stack.of(self.lm).apply(self)
+
+    def revert(self) -> None:
+        """Take it out again: the weights are then bit for bit those of the other applied edits. Raises EditError if not applied."""
+        Stack.of(self.lm).revert(self)
+
+    @contextmanager
+    def applied_(self) -> Iterator[Edit]:
+        """`with edit.applied_(): …` applies it and reverts it on the way out, whatever happens."""
+        self.apply()
+        try:
+            yield self
+        finally:
+            if self.applied:
+                self.revert()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `edit.json` and `deltas.safetensors` into a new folder, all or nothing (a temporary folder, then a rename).
+
+        Raises EditError if the folder exists and is not empty, or method, objective or diagnostics do not fit into JSON.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            raise EditError(f"{folder} exists already; choose another place for the edit, or remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            draft = Path(scratch) / "edit"
+            draft.mkdir()
+            tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
+            # cloned, because safetensors refuses tensors that share memory
+            save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, draft / TENSORS)
+            record = {
+                "format": FORMAT,
+                "model": {"name": self.lm.name, "fingerprint": self.lm_fingerprint},
+                "facts": [fact.to_dict() for fact in self.facts],
+                "method": self.method,
+                "objective": self.objective,
+                "diagnostics": self.diagnostics,
+                "deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas],
+                "sha256": _sha256(draft / TENSORS),
+            }
+            try:
+                (draft / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            except TypeError as error:
+                raise EditError(f"{self} cannot be saved: method, objective and diagnostics must be plain JSON values ({error})") from error
+            os.rename(draft, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, lm: LanguageModel) -> Edit:
+        """Read what `save` wrote, for the same model.
+
+        Raises EditError naming the file that is missing, damaged, of a newer format or made for another model.
+        """
+        path, tensor_path = Path(folder) / RECORD, Path(folder) / TENSORS
+        for file in (path, tensor_path):
+            if not file.is_file():
+                raise EditError(f"{file} does not exist; give the folder into which an edit was saved")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            newer = record["format"] > FORMAT  # then nothing else in it can be relied on
+            if not newer:
+                name, fingerprint = str(record["model"]["name"]), str(record["model"]["fingerprint"])
+                parts = [(KINDS[part["kind"]], str(part["path"])) for part in record["deltas"]]
+                facts = [Fact.from_dict(fact) for fact in record["facts"]]
+                method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
+                objective = None if record["objective"] is None else dict(record["objective"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this shape
+            raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
+        if newer:
+            raise EditError(f"{path} has format {record['format']}, this errata reads up to {FORMAT}; install a newer errata")
+        if fingerprint != lm.fingerprint:
+            raise EditError(
+                f"{path} was made for the model {name!r} ({fingerprint[:12]}), this is {lm.name!r} ({lm.fingerprint[:12]}); "
+                "load that model in the same dtype, without edits in its weights"
+            )
+        if _sha256(tensor_path) != sha256:
+            raise EditError(f"{tensor_path} is damaged: its SHA-256 is not the one in {RECORD}; save the edit again")
+        try:
+            tensors = load_file(tensor_path)
+            deltas: list[Delta] = []
+            for i, (kind, module) in enumerate(parts):
+                prefix = f"{i}."
+                deltas.append(kind(module, **{key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}))
+        except (SafetensorError, TypeError, EditError) as error:
+            raise EditError(f"{tensor_path} does not hold the deltas that {RECORD} names ({error}); save the edit again") from error
+        return cls(lm, deltas, facts, method, objective, diagnostics)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
