@@ -1,0 +1,204 @@
+"""Teacher-forced token accuracy (EVALUATION §1; the tables of OVERTONE; the convention of EasyEdit).
+
+The model reads prompt and answer, and at each of the answer's tokens its arg-max is compared with the token that stands there:
+the answer itself (reliability on the edit prompt, generality on its rephrasings, portability on what follows from the edit), or what
+the *unedited* model put there (locality; the answer only says which positions count).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from errata.facts import EditCase, Probe
+from errata.lm import Encoded, LanguageModel, encode
+from errata.metrics.summary import KINDS
+
+BATCH_SIZE = 32
+BATCH_TOKENS = 4096
+"""A batch holds at most so many texts, and so many tokens with padding (one text at least)."""
+
+Groups = Mapping[str, tuple[Probe, ...]]
+Tokens = Mapping[str, Sequence[Sequence[int]]]
+"""Group -> for each of its probes the arg-max tokens at the answer's positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What stands at an answer's positions, and what the model puts there. Two tuples of token ids of equal length."""
+
+    wanted: tuple[int, ...]
+    given: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that the model gets right."""
+        return agreement(self.wanted, self.given)
+
+
+@dataclass(frozen=True, slots=True)
+class CaseScore:
+    """The accuracies of one case, as fractions.
+
+    probes: kind -> group -> one value a probe. A kind or group without probes is absent. The edit prompts are the one group "edit"
+    of reliability, the rephrasings the one group "rephrase" of generality.
+    """
+
+    id: str
+    probes: Mapping[str, Mapping[str, tuple[float, ...]]]
+
+    @property
+    def groups(self) -> dict[str, dict[str, float]]:
+        """Kind -> group -> mean over its probes."""
+        return {kind: {name: fmean(values) for name, values in groups.items()} for kind, groups in self.probes.items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Kind -> mean over its groups, each group counting once."""
+        return {kind: fmean(groups.values()) for kind, groups in self.groups.items()}
+
+    @property
+    def flat(self) -> dict[str, list[float]]:
+        """Kind -> all probes of all groups, for the flat mean."""
+        return {kind: [value for values in groups.values() for value in values] for kind, groups in self.probes.items()}
+
+    @property
+    def reliability(self) -> float | None:
+        return self.metrics.get("reliability")
+
+    @property
+    def generality(self) -> float | None:
+        return self.metrics.get("generality")
+
+    @property
+    def portability(self) -> float | None:
+        return self.metrics.get("portability")
+
+    @property
+    def locality(self) -> float | None:
+        return self.metrics.get("locality")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record, as `summarise` reads it: id, the four means (None where there is nothing to measure), and the probes."""
+        probes = {kind: {name: list(values) for name, values in groups.items()} for kind, groups in self.probes.items()}
+        return {"id": self.id, **{kind: self.metrics.get(kind) for kind in KINDS}, "probes": probes}
+
+
+def probes_of(case: EditCase) -> dict[str, Groups]:
+    """Everything that is asked about a case: kind -> group -> probes, in the order in which it is reported."""
+    edit = tuple(Probe(fact.text, (fact.target,)) for fact in case.facts)
+    asked = {"reliability": {"edit": edit}, "generality": {"rephrase": case.rephrases}}
+    asked |= {"portability": dict(case.portability), "locality": dict(case.locality)}
+    there = {kind: {name: probes for name, probes in groups.items() if probes} for kind, groups in asked.items()}
+    return {kind: groups for kind, groups in there.items() if groups}
+
+
+def agreement(one: Sequence[int], other: Sequence[int]) -> float:
+    """Share of the places at which two sequences of equal length agree. ValueError if the lengths differ."""
+    return fmean(a == b for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()  # not inference_mode: what the model caches meanwhile must stay fit for training
+def predict(
+    lm: LanguageModel, texts: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+) -> list[Prediction]:
+    """The arg-max at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
+
+    Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
+    """
+    encoded = [encode(lm.tokenizer, prompt, answer) for prompt, answer in texts]
+    found: dict[int, Prediction] = {}
+    for chosen in _batches(encoded, batch_size, batch_tokens):
+        batch = lm.batch([encoded[i] for i in chosen])
+        given = lm.target_logits(batch).argmax(dim=-1).tolist()  # [B, Tm]
+        for i, row in zip(chosen, given, strict=True):
+            wanted = encoded[i].target_ids
+            found[i] = Prediction(wanted, tuple(row[: len(wanted)]))
+    return [found[i] for i in range(len(texts))]
+
+
+def _batches(encoded: Sequence[Encoded], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of `encoded`, texts of like length together; the same texts in another order give the same batches."""
+    chosen: list[int] = []
+    for i in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].ids)):
+        if chosen and (len(chosen) == batch_size or (len(chosen) + 1) * len(encoded[i].ids) > batch_tokens):  # the longest comes last
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen
+
+
+def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
+    """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
+
+    JSON-ready. Each case is run by itself, here and in `score`: in half precision a text's logits depend in the last bit on what is
+    in the batch with it, and a model that has not moved must score 100.
+    """
+    return {case.id: _locality(lm, case, batch_size) for case in cases}
+
+
+def _locality(lm: LanguageModel, case: EditCase, batch_size: int) -> dict[str, list[list[int]]]:
+    groups = probes_of(case).get("locality", {})
+    texts = [(probe.prompt, probe.answers[0]) for probes in groups.values() for probe in probes]
+    given = iter(predict(lm, texts, batch_size))
+    return {name: [list(next(given).given) for _ in probes] for name, probes in groups.items()}
+
+
+def score(lm: LanguageModel, case: EditCase, before: Mapping[str, Tokens] | None, batch_size: int = BATCH_SIZE) -> CaseScore:
+    """The accuracies of one case; see `score_all`."""
+    return score_all(lm, [case], before, batch_size)[0]
+
+
+def score_all(
+    lm: LanguageModel, cases: Sequence[EditCase], before: Mapping[str, Tokens] | None, batch_size: int = BATCH_SIZE
+) -> list[CaseScore]:
+    """The accuracies of cases that are measured on the same model, in their order.
+
+    before: what `unedited` gave before the edits; None leaves locality out.
+    In portability the best of a probe's aliases counts; in reliability, generality and locality only its first answer.
+
+    Raises ValueError where `before` does not belong to the cases; what `predict` raises.
+    """
+    asked = [probes_of(case) for case in cases]
+    answers = [
+        ((index, kind, name, number), (probe.prompt, answer))
+        for index, kinds in enumerate(asked)
+        for kind, groups in kinds.items()
+        for name, probes in groups.items()
+        for number, probe in enumerate(probes)
+        for answer in (probe.answers if kind == "portability" else probe.answers[:1])
+        if kind != "locality"
+    ]
+    best: dict[tuple[int, str, str, int], float] = {}
+    predictions = predict(lm, [text for _, text in answers], batch_size)
+    for (place, _), prediction in zip(answers, predictions, strict=True):
+        best[place] = max(best.get(place, 0.0), prediction.accuracy)
+    scores = []
+    for index, (case, kinds) in enumerate(zip(cases, asked, strict=True)):
+        values = {
+            kind: {name: tuple(best[index, kind, name, number] for number in range(len(probes))) for name, probes in groups.items()}
+            for kind, groups in kinds.items()
+            if kind != "locality"
+        }
+        if before is not None and "locality" in kinds:
+            values["locality"] = _unmoved(case, before, _locality(lm, case, batch_size))
+        scores.append(CaseScore(case.id, values))
+    return scores
+
+
+def _unmoved(case: EditCase, before: Mapping[str, Tokens], now: Tokens) -> dict[str, tuple[float, ...]]:
+    kept = before.get(case.id)
+    if kept is None:
+        raise ValueError(f"no outputs of the unedited model for case {case.id!r}; take unedited(lm, cases) before the edit")
+    if {name: [len(row) for row in rows] for name, rows in kept.items()} != {
+        name: [len(row) for row in rows] for name, rows in now.items()
+    }:
+        raise ValueError(
+            f"the unedited outputs of case {case.id!r} belong to other probes or another tokenizer; take unedited(lm, cases) anew"
+        )
+    return {name: tuple(agreement(old, new) for old, new in zip(kept[name], rows, strict=True)) for name, rows in now.items()}
