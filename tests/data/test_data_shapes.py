@@ -309,6 +309,14 @@ def test_names_are_found_under_their_usual_files(tmp_path: Path, monkeypatch: py
     assert set(data.names()) >= {"atlas", "zsre", "zsre-mend", "counterfact", "wiki_recent", "wiki_counterfact", "wikibio"}
 
 
+def test_the_bundled_world_by_name() -> None:
+    both, dev, test = (data.load("atlas", split=split) for split in (None, "dev", "test"))
+    assert {case.id for case in both} == {case.id for case in dev} | {case.id for case in test} and len(both) == len(dev) + len(test)
+    assert data.load("atlas", limit=3, split="dev") == dev[:3]
+    with pytest.raises(DataError, match="no split 'train'; it has dev, test"):
+        data.load("atlas", split="train")
+
+
 def test_digest_is_the_files_sha256(tmp_path: Path) -> None:
     path = write(tmp_path, [BASE])
     assert data.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
