@@ -52,7 +52,7 @@ def capture(model: nn.Module, modules: Mapping[str, str], inputs: bool = False) 
             tensor = (args[0] if args else kwargs["hidden_states"]) if inputs else first(output)
             if tensor.ndim == 2 and shape and tensor.shape[0] == shape[0].numel():
                 tensor = tensor.unflatten(0, shape[0])  # [B·T, w] -> [B, T, w]
-            seen[name] = tensor
+            seen[name] = tensor.clone()  # Falcon, for one, goes on to add to it in place
 
         return hook
 

@@ -94,13 +94,13 @@ def _source(name: str) -> str:
             raise ModelError(f"the bundled model {name!r} is not in this installation; install errata again, or build it with `make atlas`")
         return str(folder)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise ModelError(f"{name} is a PEFT adapter, not a model; load its base model, or merge the adapter into it and save that")
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no config.json; give the folder that save_pretrained wrote")
         return str(path)
-    if path.exists():
+    if path.is_file():
         raise ModelError(f"{name} is a file; give the folder it lies in")
     if name.startswith((".", "~", "/", "\\")) or path.is_absolute() or name.count("/") > 1 or not name.strip():
         raise ModelError(f"there is no folder {name!r}; give a model's folder, a hub id such as 'Qwen/Qwen3-0.6B', or 'atlas'")
