@@ -61,7 +61,12 @@ def test_who_may_write_into_a_folder(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="--resume"):
         claim(PLAN, run, resume=False)
     assert claim(PLAN, run, resume=True) == begun
-    for change, field in (({"limit": 4}, "limit"), ({"threads": 3}, "threads"), ({"methods": ("lora",)}, "methods"), ({"seeds": (1,)}, "seeds")):
+    for change, field in (
+        ({"limit": 4}, "limit"),
+        ({"threads": 3}, "threads"),
+        ({"methods": ("lora",)}, "methods"),
+        ({"seeds": (1,)}, "seeds"),
+    ):
         with pytest.raises(PlanError, match=f"another plan: {field} was"):
             claim(replace(PLAN, **change), run, resume=True)
     with pytest.raises(PlanError, match="data_hash was 'd' and is now 'e'"):

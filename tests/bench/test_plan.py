@@ -115,10 +115,10 @@ def test_the_differing_field_is_named() -> None:
 
 
 def test_settings_from_the_command_line() -> None:
-    read = parse_settings(["lora.lr=1e-3", "lora.r=12", "ft-m.layers=[1, 2]", "ft-m+overtone.clip=False", "ft-m.variant=l", "ft-m.layer=none"])
+    read = parse_settings(["lora.lr=1e-3", "lora.r=12", "ft-m.layers=[1, 2]", "ft-m+overtone.clip=False", "ft-m.variant=l", "ft-m.l=none"])
     assert read == {
         "lora": {"lr": 1e-3, "r": 12},
-        "ft-m": {"layers": [1, 2], "variant": "l", "layer": None},
+        "ft-m": {"layers": [1, 2], "variant": "l", "l": None},
         "ft-m+overtone": {"clip": False},
     }
     for broken in ("lora.lr", "lr=1", ".lr=1", "lora.=1"):

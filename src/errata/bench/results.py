@@ -8,16 +8,15 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from errata.bench.folder import Key, Record, key_of
 from errata.bench.plan import Plan, Row
-
-COLUMNS = ("reliability", "generality", "portability", "locality")
-"""The teacher-forced columns, whose mean is Avg. (EVALUATION §1); columns that a data set does not have are left out of it."""
+from errata.metrics.summary import KINDS
+from errata.metrics.summary import summarise as means
 
 PACKAGES = ("errata", "torch", "transformers", "peft", "tokenizers", "numpy")
 RESAMPLES = 1000
@@ -30,66 +29,52 @@ def summarise(plan: Plan, case_ids: Iterable[str], records: Mapping[Key, Record]
     return {"rows": rows, "environment": dict(environment)}
 
 
-def _row(plan: Plan, row: Row, records: list[Record]) -> dict[str, Any]:
+def _row(plan: Plan, row: Row, records: Sequence[Record]) -> dict[str, Any]:
     measured = [record for record in records if "error" not in record]
-    figures = means(measured)
     return {
         "method": row.method,
         "objective": row.objective,
         "protocol": plan.protocol,
-        "n": figures.pop("n"),
+        "n": len(measured),
         "failed": len(records) - len(measured),
         "seed": row.seed,
-        **figures,
-        "seconds_per_edit": _mean([record["seconds"]["edit"] for record in measured]),
+        "metrics": rounded(means(measured)),
+        "intervals": intervals(measured),
+        "seconds_per_edit": fmean(record["seconds"]["edit"] for record in measured) if measured else None,
         "peak_memory_mb": max((record["peak_memory_mb"] for record in measured), default=None),
         "settings": measured[0]["settings"] if measured else {},
     }
 
 
-def means(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the cases amount to: {"n", "metrics", "intervals", "flat"}, all in per cent.
+def rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Six decimals: beyond them is the order of summation."""
+    return {name: None if value is None else round(value, 6) for name, value in metrics.items()}
 
-    outcomes: {"metrics": name -> share in [0, 1] or None where the case has no such probe, "probes": name -> shares} of each case.
-    metrics: the mean over the cases that have the key, and `average`, the mean of `COLUMNS`. intervals: 95 %, see `_bootstrap`.
-    flat: the mean over all probes of all cases; published tables differ in which of the two they print.
+
+def intervals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """95 % bootstrap intervals [low, high] in per cent of the columns, their average, and exact generation, over resampled cases.
+
+    A case that lacks a column stays out of it in every resample. The resampling has a seed of its own: the same cases give the same
+    interval.
     """
-    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome["metrics"]))
-    shares = np.array([[outcome["metrics"].get(name) for name in names] for outcome in outcomes], dtype=float)
-    reported = [names.index(name) for name in COLUMNS if name in names]
-    centre, low, high = _bootstrap(100 * shares.reshape(len(outcomes), len(names)), reported)
-    names.append("average")
-    groups = dict.fromkeys(name for outcome in outcomes for name in outcome["probes"])
-    pooled = {name: [share for outcome in outcomes for share in outcome["probes"].get(name, ())] for name in groups}
-    return {
-        "n": len(outcomes),
-        "metrics": {name: _number(mean) for name, mean in zip(names, centre, strict=True)},
-        "intervals": {name: [_number(a), _number(b)] for name, a, b in zip(names, low, high, strict=True)},
-        "flat": {name: _number(100 * float(np.mean(shares))) if shares else None for name, shares in pooled.items()},
-    }
-
-
-def _bootstrap(values: NDArray[np.float64], average: list[int]) -> tuple[NDArray[np.float64], ...]:
-    """Column means of `values` [cases, columns] and their 95 % interval under resampling of cases, with the mean of the columns
-    `average` as one column more. NaN is a case without that probe. Same cases, same interval: the resampling has its own seed."""
-    n, columns = values.shape
-    if n == 0:
-        nothing = np.full(columns + 1, np.nan)
-        return nothing, nothing, nothing
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # [resamples, n]
-    weights = np.concatenate([np.ones((1, n)), weights])  # the first row is the sample itself
-    known = ~np.isnan(values)
+    names = [*KINDS, "generation"]
+    if not records:
+        return {name: [None, None] for name in [*names, "average"]}
+    shares = np.array([[*(r.get(kind) for kind in KINDS), (r.get("generation") or {}).get("exact")] for r in records], dtype=float)
+    n = len(records)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # how often each case: [resamples, n]
+    known = ~np.isnan(shares)  # [n, columns]
     with np.errstate(invalid="ignore"):
-        means = weights @ np.where(known, values, 0.0) / (weights @ known)  # [1 + resamples, columns]
-    columns_there = [column for column in average if known[:, column].any()]
-    joint = means[:, columns_there].mean(axis=1) if columns_there else np.full(len(means), np.nan)
-    means = np.concatenate([means, joint[:, None]], axis=1)
-    low, high = np.full(columns + 1, np.nan), np.full(columns + 1, np.nan)
-    for column in range(columns + 1):
-        drawn = means[1:, column]
-        if not np.isnan(drawn).all():
-            low[column], high[column] = np.nanpercentile(drawn, [2.5, 97.5])
-    return means[0], low, high
+        columns = 100 * (drawn @ np.where(known, shares, 0.0)) / (drawn @ known)  # [resamples, columns]
+    there = [column for column in range(len(KINDS)) if known[:, column].any()]
+    average = columns[:, there].mean(axis=1) if there else np.full(RESAMPLES, np.nan)
+    return {name: _limits(values) for name, values in zip([*names, "average"], [*columns.T, average], strict=True)}
+
+
+def _limits(values: np.typing.NDArray[np.float64]) -> list[float | None]:
+    """Nothing where the column has no data; resamples that happen to miss all of a rare probe's cases are passed over."""
+    there = values[~np.isnan(values)]
+    return [round(float(limit), 6) for limit in np.percentile(there, [2.5, 97.5])] if len(there) else [None, None]
 
 
 def dump(results: Mapping[str, Any]) -> str:
@@ -120,11 +105,3 @@ def environment(plan: Plan, device: str, dtype: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The installed versions of what the numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 6)

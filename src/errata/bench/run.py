@@ -1,0 +1,181 @@
+"""Run a plan: for every row and case edit, apply, measure, revert, and write the line down before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from errata import data, methods, objectives
+from errata.bench.folder import RECORDS, RESULTS, Key, Record, append, claim, key_of, read_records, start, write_whole
+from errata.bench.memory import watch_peak
+from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases
+from errata.bench.results import dump, environment, intervals, rounded, summarise, versions
+from errata.edits import Edit
+from errata.facts import EditCase, FactError
+from errata.lm import LanguageModel
+from errata.lm import load as load_model
+from errata.metrics import generation, teacher_forced
+from errata.metrics import summarise as means
+
+if TYPE_CHECKING:
+    from errata.methods import Method
+    from errata.objectives import Objective
+
+Progress = Callable[[int, int, str], None]
+"""(done, of, what): called after each case."""
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    data_dir: str | Path | None = None,
+    load: Callable[[], LanguageModel] | None = None,
+    cases: Sequence[EditCase] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run `plan` into the folder `out`; the content of its `results.json`.
+
+    resume: go on with what the folder holds; cases that have a line are not measured again. Without a run in the folder, begin.
+    load, cases: the model and the cases where they are not what `plan.model` and `plan.data` name.
+
+    What a case yields depends on plan, case and seed, not on what ran before it; so however often a run is stopped, its results
+    are those of an undisturbed one, up to measured time and memory.
+
+    Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
+    cannot edit (FactError) becomes a line with the field `error`, is counted as `failed`, and is in no mean.
+    """
+    out = Path(out)
+    plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
+    rows = [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
+    source = None
+    if cases is None:
+        cases = data.load(plan.data, data_dir=data_dir, limit=plan.limit, split=plan.split)
+        source = None if plan.data == "atlas" else data.find(plan.data, data_dir, plan.split)
+    ids = [case.id for case in cases]
+    if len(set(ids)) < len(ids):
+        raise PlanError(f"{plan.data} has two cases with the id {next(i for i in ids if ids.count(i) > 1)!r}; records are found by it")
+    lm = (load or (lambda: load_model(plan.model)))()
+    with _threads(plan.threads) as threads:
+        plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
+        start(plan, out)
+        records = read_records(out / RECORDS)
+        _fill(rows, cases, lm, out / RECORDS, records, progress)
+    where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
+    if source is not None:
+        where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
+    results = summarise(plan, ids, records, where)
+    write_whole(out / RESULTS, dump(results))
+    return results
+
+
+def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Objective]:
+    """A method and an objective by name, with what `settings` says for the method, the objective, and this pair.
+
+    The objective begins with the method's own values where it has such (the papers' ε differs from method to method).
+    """
+    editor = configure(methods.get(method), settings.get(method, {}), method)
+    own = getattr(editor, "objective_defaults", {}).get(objective, {})
+    chosen = {**own, **settings.get(objective, {}), **settings.get(f"{method}+{objective}", {})}
+    return editor, configure(objectives.get(objective), chosen, objective)
+
+
+def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """The metrics of a model on cases as it is, or with `edit` applied: {"n", "metrics", "intervals"}, in per cent.
+
+    Without an edit, reliability says how often the new answers are there before any editing, and there is no locality.
+    """
+    outcomes = []
+    for done, case in enumerate(cases, 1):
+        before = teacher_forced.unedited(lm, [case]) if edit else None
+        with edit.applied_() if edit else nullcontext():
+            outcomes.append(_outcome(lm, case, before))
+        if progress:
+            progress(done, len(cases), case.id)
+    return {"n": len(outcomes), "metrics": rounded(means(outcomes)), "intervals": intervals(outcomes)}
+
+
+def _fill(
+    rows: list[tuple[Row, Method, Objective]],
+    cases: Sequence[EditCase],
+    lm: LanguageModel,
+    path: Path,
+    records: dict[Key, Record],
+    progress: Progress | None,
+) -> None:
+    """Measure what has no record yet, and append it."""
+    before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
+    total, done = len(rows) * len(cases), sum(key_of(row, case.id) in records for row, *_ in rows for case in cases)
+    for row, method, objective in rows:
+        for case in cases:
+            key = key_of(row, case.id)
+            if key in records:
+                continue
+            if case.id not in before:
+                before |= teacher_forced.unedited(lm, [case])
+            records[key] = append(path, _measure(row, method, objective, lm, case, before))
+            done += 1
+            if progress:
+                progress(done, total, row.name)
+
+
+def _measure(
+    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
+) -> Record:
+    """One case: edit the unedited model, measure, and leave it as it was."""
+    record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
+    seed = row.case_seed(case.id)
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)  # for what draws from torch's own generator
+        peak, clock = watch_peak(lm.device), time.perf_counter()
+        try:
+            edit = method.start(lm, objective=objective, seed=seed).edit(case.facts)
+        except FactError as error:
+            return record | {"error": str(error)}
+        _wait_for(lm.device)
+        seconds, memory = time.perf_counter() - clock, peak()
+    clock = time.perf_counter()
+    with edit.applied_():
+        outcome = _outcome(lm, case, before)
+    return record | {
+        **outcome,
+        "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
+        "peak_memory_mb": round(memory, 1),
+        "settings": {"method": edit.method, "objective": edit.objective},
+        "diagnostics": _short(edit.diagnostics),
+    }
+
+
+def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None) -> dict[str, Any]:
+    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes."""
+    outcome = teacher_forced.score(lm, case, before).to_dict()
+    del outcome["id"]
+    return outcome | {"generation": generation.score(lm, case).to_dict()}
+
+
+def _short(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
+    """What is one value; curves stay with the edit."""
+    return {name: value for name, value in diagnostics.items() if isinstance(value, bool | int | float | str)}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """torch's CPU threads set for the moment; yields their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

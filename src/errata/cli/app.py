@@ -1,0 +1,302 @@
+"""The commands. Each one parses its options, calls the rooms below, and prints; nothing is computed here."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata import __version__
+from errata.bench.folder import claim
+from errata.bench.plan import Plan, PlanError, parse_settings
+from errata.cli import show
+from errata.facts import Fact, read_facts
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.lm import LanguageModel
+
+app = typer.Typer(
+    name="errata",
+    help="Correct single facts inside a language model, measure what else moved, keep every correction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="M", help="A hub id, a folder, or 'atlas' (bundled).")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 … (default: the loader's choice).")]
+DtypeOption = Annotated[str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 … (default: the checkpoint's).")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads (default: $OMP_NUM_THREADS, or the cores).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DataDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the named data sets lie (default: $ERRATA_DATA).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME.KEY=VALUE", help="A hyper-parameter: lora.lr=1e-3, ft-m+overtone.epsilon=0.01.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N cases.")]
+SplitOption = Annotated[str | None, typer.Option(metavar="SPLIT", help="A part of the data set: test, dev, train (default: test).")]
+
+
+class Failed(RuntimeError):
+    """A part of what was asked for could not be done; the rest is kept."""
+
+
+class Kind(StrEnum):
+    """What `errata list` can list."""
+
+    methods = "methods"
+    objectives = "objectives"
+    data = "data"
+    models = "models"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"errata {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@app.command()
+def demo(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
+    """The whole story on the bundled model, about a minute."""
+    _threads(threads)
+    from errata.cli.demo import run
+
+    run(as_json=as_json)
+
+
+@app.command()
+def edit(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(metavar="EDITS", help="The folder to write; it must not exist yet.")],
+    method: Annotated[str, typer.Option(metavar="NAME", help="See 'errata list methods'.")] = "ft-m",
+    objective: Annotated[str, typer.Option(metavar="NAME", help="See 'errata list objectives'.")] = "ce",
+    fact: Annotated[
+        list[str] | None, typer.Option(metavar="FACT", help="'The capital of {France} is -> Lyon'; several are allowed.")
+    ] = None,
+    facts: Annotated[Path | None, typer.Option(metavar="F.jsonl", help="One JSON object a line: prompt, subject, target.")] = None,
+    setting: SetOption = None,
+    seed: Annotated[int, typer.Option(help="Every random number comes from it.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an edit and keep it; the model itself is not written."""
+    wanted = [Fact.parse(line) for line in fact or ()] + (read_facts(facts) if facts else [])
+    if not wanted:
+        raise PlanError("nothing to edit; give --fact 'The capital of {France} is -> Lyon' or --facts F.jsonl")
+    if out.exists():
+        raise PlanError(f"{out} exists already; give another --out, or remove it")
+    settings = parse_settings(setting or ())
+    _threads(threads)
+    from errata.bench.run import parts
+
+    editor, loss = parts(method, objective, settings)
+    lm = _load(model, device, dtype)
+    before = [lm.complete(item.text) for item in wanted]
+    made = editor.start(lm, objective=loss, seed=seed).edit(wanted)
+    with made.applied_():
+        after = [lm.complete(item.text) for item in wanted]
+    made.save(out)
+    rows = [
+        {"fact": str(item), "prompt": item.text, "before": old, "after": new} for item, old, new in zip(wanted, before, after, strict=True)
+    ]
+    if as_json:
+        result = {"edits": str(out), "method": made.method, "objective": made.objective, "facts": rows}
+        show.json_out(result | {"diagnostics": made.diagnostics})
+    else:
+        show.before_and_after(rows)
+        show.note(f'kept in {out}; see it again with: errata ask --model {model} --edits {out} "…"')
+
+
+@app.command()
+def ask(
+    model: ModelOption,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What the model is to continue.")],
+    edits: Annotated[Path | None, typer.Option(metavar="EDITS", help="A folder that 'errata edit' wrote.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How far to continue.")] = 16,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What the model says, before and after the edits, side by side."""
+    _folder(edits)
+    _threads(threads)
+    lm = _load(model, device, dtype)
+    rows: list[dict[str, str]] = [{"prompt": prompt, "before": lm.complete(prompt, max_new_tokens=max_new_tokens)} for prompt in prompts]
+    if made := _edits(edits, lm):
+        with made.applied_():
+            for row in rows:
+                row["after"] = lm.complete(row["prompt"], max_new_tokens=max_new_tokens)
+    if as_json:
+        show.json_out(rows)
+    else:
+        show.before_and_after(rows)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelOption,
+    data: Annotated[str, typer.Option(metavar="D", help="A data set's name or a file.")],
+    edits: Annotated[Path | None, typer.Option(metavar="EDITS", help="Measure with these edits applied.")] = None,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = None,
+    split: SplitOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure without editing. With --data atlas: does the model know the bundled world, and can it be edited?"""
+    _folder(edits)
+    cases = None
+    if data != "atlas":
+        from errata.data import load as load_cases
+
+        cases = load_cases(data, data_dir=data_dir, limit=limit, split=split)
+    _threads(threads)
+    lm = _load(model, device, dtype)
+    made = _edits(edits, lm)
+    result: dict[str, Any]
+    if cases is None:
+        from errata.bench.knowledge import measure
+
+        with made.applied_() if made else nullcontext():
+            result = asdict(measure(lm, facts=limit, edits=limit or 200, split="dev" if split == "dev" else "test"))
+    else:
+        from errata.bench.run import evaluate as evaluate_cases
+
+        with show.progress("measuring") as report:
+            result = evaluate_cases(lm, cases, made, progress=report)
+    if as_json:
+        show.json_out(result)
+    else:
+        show.figures(result)
+
+
+@app.command()
+def bench(
+    plan: Annotated[Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options beside it take precedence.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="M", help="A hub id, a folder, or 'atlas' (bundled).")] = None,
+    data: Annotated[str | None, typer.Option(metavar="D", help="A data set's name or a file.")] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list methods'.")] = None,
+    objectives: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list objectives' (default: ce).")] = None,
+    protocol: Annotated[str | None, typer.Option(metavar="P", help="single: each case from the unedited model.")] = None,
+    limit: LimitOption = None,
+    split: SplitOption = None,
+    seed: Annotated[str | None, typer.Option(metavar="S", help="One seed, or several: 0,1,2 (default: 0).")] = None,
+    setting: SetOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what RUN already holds.")] = False,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Methods × objectives over a data set: edit, measure, revert. May be stopped at any moment and resumed."""
+    given = {
+        "model": model,
+        "data": data,
+        "methods": _names(methods),
+        "objectives": _names(objectives),
+        "protocol": protocol,
+        "limit": limit,
+        "split": split,
+        "seeds": _seeds(seed),
+        "threads": threads,
+    }
+    base = Plan.read(plan).to_dict() if plan else {}
+    settings = {owner: dict(values) for owner, values in base.get("settings", {}).items()}
+    for owner, values in parse_settings(setting or ()).items():
+        settings.setdefault(owner, {}).update(values)
+    options = {name: value for name, value in given.items() if value is not None}
+    wanted = Plan.from_dict({**base, **options, "settings": settings}, _what(plan))
+    out = out or Path("runs") / "-".join([Path(wanted.model).name, Path(wanted.data).stem, *map(str, wanted.seeds)])
+    wanted = claim(wanted, out, resume)
+    _threads(wanted.threads)
+    from errata.bench.run import run
+
+    with show.progress("bench") as report:
+        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, dtype), progress=report)
+    if as_json:
+        show.json_out(result)
+    else:
+        show.table(result)
+        show.note(f"{out}: plan.yaml, records.jsonl, results.json")
+    if failed := sum(row["failed"] for row in result["rows"]):
+        raise Failed(f"{failed} edits could not be made; the field 'error' of {out / 'records.jsonl'} says why")
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: JsonOption = False,
+) -> None:
+    """The names that the other commands take."""
+    from errata.cli.catalogue import catalogue
+
+    rows = catalogue(kind.value)
+    if as_json:
+        show.json_out(rows)
+    else:
+        show.listing(rows)
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> LanguageModel:
+    from errata.lm import load
+
+    show.note(f"loading {model}")
+    return load(model, dtype=dtype, device=device)
+
+
+def _edits(folder: Path | None, lm: LanguageModel) -> Edit | None:
+    from errata.edits import Edit
+
+    return None if folder is None else Edit.load(folder, lm)
+
+
+def _threads(wanted: int | None) -> None:
+    """Set torch's CPU threads: as asked, else as OMP_NUM_THREADS says (torch reads it), else one for each physical core, at most 16."""
+    import psutil
+    import torch
+
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(wanted or min(psutil.cpu_count(logical=False) or allowed, allowed, 16))
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(f"--seed must be whole numbers like 0 or 0,1,2 (got {text!r})") from None
+
+
+def _what(plan: Path | None) -> str:
+    return str(plan) if plan else "bench needs --model, --data and --methods, or a plan file"
+
+
+def _folder(edits: Path | None) -> None:
+    if edits is not None and not edits.is_dir():
+        raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")

@@ -1,0 +1,132 @@
+"""Printing: results to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = {
+    "reliability": "Rel",
+    "generality": "Gen",
+    "portability": "Por",
+    "locality": "Loc",
+    "average": "Avg.",
+    "generation": "EM",
+}
+WIDTH_WHERE_NO_TERMINAL = 120
+
+
+def json_out(value: Any) -> None:
+    """The machine's form, on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def note(text: str) -> None:
+    """A remark for the reader, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def table(results: Mapping[str, Any]) -> None:
+    """The table of a run: percentages, with the half width of their 95 % interval, seconds an edit, peak memory."""
+    rows: Sequence[Mapping[str, Any]] = results["rows"]
+    there = [name for name in COLUMNS if any(row["metrics"].get(name) is not None for row in rows)]
+    drawn = Table("method", "objective", box=None, pad_edge=False)
+    for heading in ["n", *(["seed"] if len({row["seed"] for row in rows}) > 1 else []), *(COLUMNS[name] for name in there), "s/edit", "MB"]:
+        drawn.add_column(heading, justify="right")
+    for row in rows:
+        cells = [row["method"], row["objective"], str(row["n"])]
+        if len({other["seed"] for other in rows}) > 1:
+            cells.append(str(row["seed"]))
+        cells += [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in there]
+        cells += [_figure(row["seconds_per_edit"], 2), _figure(row["peak_memory_mb"], 0)]
+        drawn.add_row(*cells)
+    _print(drawn)
+    _print(
+        Text(
+            "Per cent ± half a 95 % bootstrap interval, measured after each edit. Rel, Gen, Por, Loc: teacher-forced token accuracy. "
+            "EM: greedy generation on the edit prompt, exact match.",
+            style="dim",
+        )
+    )
+
+
+def before_and_after(rows: Sequence[Mapping[str, str]]) -> None:
+    """What the model wrote, side by side."""
+    edited = any("after" in row for row in rows)
+    drawn = Table("prompt", *(["before", "after"] if edited else ["the model goes on"]), pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(Text(row[name].strip()) for name in ("prompt", "before", "after") if name in row))
+    _print(drawn)
+
+
+def figures(result: Mapping[str, Any]) -> None:
+    """One figure a line; a share between 0 and 1 as a percentage, a count as it is."""
+    drawn = Table("", "", box=None, show_header=False, pad_edge=False)
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            for inner, figure in value.items():
+                drawn.add_row(f"{name}.{inner}".replace("_", " "), _share(figure))
+        else:
+            drawn.add_row(name.replace("_", " "), _share(value))
+    _print(drawn)
+
+
+def listing(rows: Sequence[Mapping[str, str]]) -> None:
+    """Names with what stands behind them."""
+    drawn = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(Text(text) for text in row.values()))
+    _print(drawn)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A function (done, of, what) that shows how far a long command is: a bar on a terminal, else a line for each tenth."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        shown = -1
+
+        def line(done: int, of: int, what: str) -> None:
+            nonlocal shown
+            if (tenth := 10 * done // max(of, 1)) != shown:
+                shown = tenth
+                note(f"{title}: {done} of {of} · {what}")
+
+        yield line
+        return
+    what = TextColumn("{task.description}")
+    with Bar(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what, console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, of, what: bar.update(task, completed=done, total=of, description=what)
+
+
+def _print(drawn: Table | Text) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, WIDTH_WHERE_NO_TERMINAL))
+    console.print(drawn)
+
+
+def _figure(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
+    if value is None or not interval or interval[0] is None or interval[1] is None:
+        return _figure(value)
+    return f"{value:.1f} ±{(interval[1] - interval[0]) / 2:.1f}"
+
+
+def _share(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.2f}"
+    return "–" if value is None else str(value)
