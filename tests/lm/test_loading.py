@@ -270,3 +270,13 @@ def test_the_bundled_model_by_its_name(saved: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "data" / "atlas" / "model").symlink_to(saved)
     lm = load("atlas", device="cpu")
     assert (lm.name, lm.fingerprint) == ("atlas", load(saved, device="cpu").fingerprint)
+
+
+def test_the_public_names_are_what_they_say() -> None:
+    import errata.lm
+
+    for name in errata.lm.__all__:
+        assert getattr(errata.lm, name).__name__ == name  # and not a module of the same name
+    assert set(errata.lm.__all__) == set(errata.lm._MODULE_OF)
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = errata.lm.nonesuch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from errata.lm.anatomy import Anatomy, find_anatomy, is_conv1d, matrix
-    from errata.lm.capture import add_to_output, capture
+    from errata.lm.capture import add_to_output
     from errata.lm.errors import ModelError
     from errata.lm.loading import load, refuse_uneditable
     from errata.lm.model import LanguageModel
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "anatomy": ("Anatomy", "find_anatomy", "is_conv1d", "matrix"),
-    "capture": ("add_to_output", "capture"),
+    "capture": ("add_to_output",),  # `capture` itself shares its module's name: from errata.lm.capture import capture
     "errors": ("ModelError",),
     "loading": ("load", "refuse_uneditable"),
     "model": ("LanguageModel",),
@@ -35,7 +35,6 @@ __all__ = [
     "LanguageModel",
     "ModelError",
     "add_to_output",
-    "capture",
     "collate",
     "encode",
     "find_anatomy",
@@ -50,7 +49,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `capture` is a function and the module it lives in. Importing the module binds the module's name here, so bind the function last.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
