@@ -127,6 +127,27 @@ def test_target_is_a_distribution_led_by_y(seed: int, lam: float, n_sigma: float
     assert (target.gather(-1, targets[..., None]).squeeze(-1) >= target.amax(-1) - 1e-12).all()
 
 
+@pytest.mark.parametrize(
+    ("logits", "n_sigma", "kept"),
+    [
+        ([1.0, 0.0, -1.0], 1.0, 1),  # σ = 1 exactly: a logit n σ below the largest goes
+        ([1.0, 0.0, -1.0], 1.01, 2),
+        ([0.0, -1.0, -2.0, -3.0], 0.8, 2),  # σ = 1.291 with V − 1; 1.118 with V would leave one
+        ([5.0, 5.0, 5.0, 5.0], 0.5, 4),  # σ = 0: all are the largest
+        ([2.0, 2.0, -9.0], 0.0, 2),
+        ([3.0], 0.5, 1),
+    ],
+)
+def test_what_the_filter_keeps(logits: list[float], n_sigma: float, kept: int) -> None:
+    """λ = 0 and y the arg-max: the target is π_flt itself."""
+    s = torch.tensor([[logits]], dtype=torch.float64)
+    where = torch.zeros(1, 1, dtype=torch.long)
+    _, gradient, _ = with_gradient(Overtone(epsilon=0, n_sigma=n_sigma, lam=0), s, where, where == 0)
+    expected = torch.zeros_like(s)
+    expected[..., :kept] = s[..., :kept].softmax(-1)
+    torch.testing.assert_close(s.softmax(-1) - gradient, expected)
+
+
 def test_clipped_tokens_are_still_and_finished_edits_are_told() -> None:
     logits, targets, mask = torch.zeros(3, 2, 30), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool)
     logits[0, :, 0] = 50.0  # both tokens are certain
