@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata import data, methods, objectives
+from errata import data, methods
 from errata.bench.folder import RECORDS, RESULTS, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.memory import watch_peak
 from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases
@@ -79,12 +79,12 @@ def run(
 def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Objective]:
     """A method and an objective by name, with what `settings` says for the method, the objective, and this pair.
 
-    The objective begins with the method's own values where it has such (the papers' ε differs from method to method).
+    The objective begins with the method's own values (the papers' ε differs from method to method). Raises ValueError for an unknown
+    name, PlanError for a setting that does not fit.
     """
     editor = configure(methods.get(method), settings.get(method, {}), method)
-    own = getattr(editor, "objective_defaults", {}).get(objective, {})
-    chosen = {**own, **settings.get(objective, {}), **settings.get(f"{method}+{objective}", {})}
-    return editor, configure(objectives.get(objective), chosen, objective)
+    chosen = {**settings.get(objective, {}), **settings.get(f"{method}+{objective}", {})}
+    return editor, configure(editor.objective(objective), chosen, objective)
 
 
 def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = None, progress: Progress | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -172,21 +172,18 @@ def evaluate(
     _threads(threads)
     lm = _load(model, device, dtype)
     made = _edits(edits, lm)
-    result: dict[str, Any]
     if cases is None:
         from errata.bench.knowledge import measure
 
         with made.applied_() if made else nullcontext():
-            result = asdict(measure(lm, facts=limit, edits=limit or 200, split="dev" if split == "dev" else "test"))
+            known = asdict(measure(lm, facts=limit, edits=limit or 200, split="dev" if split == "dev" else "test"))
+        show.json_out(known) if as_json else show.shares(known)
     else:
         from errata.bench.run import evaluate as evaluate_cases
 
         with show.progress("measuring") as report:
             result = evaluate_cases(lm, cases, made, progress=report)
-    if as_json:
-        show.json_out(result)
-    else:
-        show.figures(result)
+        show.json_out(result) if as_json else show.percentages(result)
 
 
 @app.command()
@@ -259,8 +256,11 @@ def list_(
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> LanguageModel:
+    from transformers.utils.logging import disable_progress_bar
+
     from errata.lm import load
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # a line of ours says enough
     show.note(f"loading {model}")
     return load(model, dtype=dtype, device=device)
 

@@ -64,19 +64,25 @@ def before_and_after(rows: Sequence[Mapping[str, str]]) -> None:
     edited = any("after" in row for row in rows)
     drawn = Table("prompt", *(["before", "after"] if edited else ["the model goes on"]), pad_edge=False)
     for row in rows:
-        drawn.add_row(*(Text(row[name].strip()) for name in ("prompt", "before", "after") if name in row))
+        drawn.add_row(*(Text(row[name].strip().replace("\n", " ⏎ ")) for name in ("prompt", "before", "after") if name in row))
     _print(drawn)
 
 
-def figures(result: Mapping[str, Any]) -> None:
-    """One figure a line; a share between 0 and 1 as a percentage, a count as it is."""
+def shares(result: Mapping[str, Any]) -> None:
+    """One figure a line: shares (floats between 0 and 1) as percentages, counts as they are."""
     drawn = Table("", "", box=None, show_header=False, pad_edge=False)
     for name, value in result.items():
-        if isinstance(value, Mapping):
-            for inner, figure in value.items():
-                drawn.add_row(f"{name}.{inner}".replace("_", " "), _share(figure))
-        else:
-            drawn.add_row(name.replace("_", " "), _share(value))
+        drawn.add_row(name.replace("_", " "), f"{100 * value:.1f} %" if isinstance(value, float) else str(value))
+    _print(drawn)
+
+
+def percentages(result: Mapping[str, Any]) -> None:
+    """What `errata.bench.run.evaluate` gives: one metric a line, in per cent, with the half width of its interval."""
+    drawn = Table("", "", box=None, show_header=False, pad_edge=False)
+    for name, value in result["metrics"].items():
+        if value is not None:
+            drawn.add_row(name.replace("_", " "), f"{_with_interval(value, result['intervals'].get(name))} %")
+    drawn.add_row("cases", str(result["n"]))
     _print(drawn)
 
 
@@ -124,9 +130,3 @@ def _with_interval(value: float | None, interval: Sequence[float | None] | None)
     if value is None or not interval or interval[0] is None or interval[1] is None:
         return _figure(value)
     return f"{value:.1f} ±{(interval[1] - interval[0]) / 2:.1f}"
-
-
-def _share(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.2f}"
-    return "–" if value is None else str(value)
