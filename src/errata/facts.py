@@ -59,7 +59,9 @@ class Fact:
         Raises FactError if the subject does not occur.
         """
         if not self.subject:
-            raise FactError(f"the fact {self.prompt!r} names no subject, and this method needs one; mark it with braces: 'The capital of {{France}} is'")
+            raise FactError(
+                f"the fact {self.prompt!r} names no subject, which is needed here; mark it: 'The capital of {{France}} is -> Lyon'"
+            )
         if SLOT in self.prompt:
             start = self.prompt.index(SLOT)
             return start, start + len(self.subject)
@@ -67,7 +69,7 @@ class Fact:
             for pattern in (rf"(?<!\w){re.escape(self.subject)}(?!\w)", re.escape(self.subject)):
                 if found := list(re.finditer(pattern, self.prompt, flags)):
                     return found[-1].span()
-        raise FactError(f"subject {self.subject!r} does not occur in the prompt {self.prompt!r}; write the prompt with {{}} where the subject stands")
+        raise FactError(f"subject {self.subject!r} does not occur in the prompt {self.prompt!r}; write {{}} where the subject stands")
 
     @classmethod
     def parse(cls, line: str) -> Fact:

@@ -1,0 +1,67 @@
+"""Editors: one file a method, each a combination of where, objective, write rule and memory.
+
+The names can be listed without importing torch; a class is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from errata.facts import Fact
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Edit
+    from errata.lm.model import LanguageModel
+    from errata.methods.base import Method as Method
+    from errata.methods.base import Session as Session
+    from errata.methods.ft import FT as FT
+    from errata.methods.lora import LoRA as LoRA
+    from errata.objectives.base import Objective
+
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ft-l": ("ft:FT", {"variant": "l"}),
+    "ft-m": ("ft:FT", {"variant": "m"}),
+    "lora": ("lora:LoRA", {}),
+}
+"""Name on the command line and in plans -> ("module:Class", what makes it this method)."""
+
+_PUBLIC = {"FT": "ft", "LoRA": "lora", "Method": "base", "Session": "base"}
+
+
+def get(name: str, **settings: Any) -> Method:
+    """The method of that name (see `NAMES`) with these hyper-parameters. Raises ValueError for an unknown name."""
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        raise ValueError(f"no method is called {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(NAMES)}")
+    home, own = NAMES[name]
+    module, _, cls_name = home.partition(":")
+    method: Method = getattr(import_module(f"{__name__}.{module}"), cls_name)(**{**own, **settings})
+    return method
+
+
+def edit(
+    lm: LanguageModel,
+    facts: Fact | str | Sequence[Fact | str],
+    method: Method | str = "ft-m",
+    objective: Objective | str = "ce",
+    seed: int = 0,
+) -> Edit:
+    """One edit that makes `facts` true together; the model is not changed before `edit.apply()`.
+
+    facts: one or several, each a Fact or a line like "The capital of {France} is -> Lyon".
+    method, objective: an object, or a name; a name brings the method's own values.
+    Raises FactError for a fact that cannot be edited, ModelError for a model that cannot, ValueError for an unknown name.
+    """
+    listed = [facts] if isinstance(facts, Fact | str) else list(facts)
+    editor = get(method) if isinstance(method, str) else method
+    loss = editor.objective(objective) if isinstance(objective, str) else objective
+    return editor.start(lm, objective=loss, seed=seed).edit([Fact.parse(fact) if isinstance(fact, str) else fact for fact in listed])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""What a method is: frozen hyper-parameters that start a session, which turns facts into edits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from errata.edits.edit import Edit
+from errata.facts import Fact, FactError
+from errata.lm.tokens import Encoded, encode
+from errata.methods.families import family
+from errata.objectives import get as get_objective
+from errata.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """An editor's hyper-parameters. Those that are None are filled in by `for_model`.
+
+    name, paper: what it is called, and where it comes from.
+    family_defaults: model family -> values for that family; "" for every other model.
+    objective_defaults: objective -> its values in this method's hands (the papers' ε differs from method to method).
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def for_model(self, lm: LanguageModel) -> Self:
+        """The same method with every None replaced by the default of the model's family."""
+        defaults = {**self.family_defaults.get("", {}), **self.family_defaults.get(family(lm) or "", {})}
+        return replace(self, **{f.name: defaults[f.name] for f in fields(self) if getattr(self, f.name) is None and f.name in defaults})
+
+    def objective(self, name: str) -> Objective:
+        """The objective of that name with this method's own values."""
+        return get_objective(name, **self.objective_defaults.get(name, {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyper-parameters, ready for JSON."""
+        return {"name": self.name, **asdict(self)}
+
+    @abstractmethod
+    def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
+        """A session on `lm`; `objective` None is this method's cross-entropy. Raises ModelError if the method cannot edit the model."""
+
+
+class Session(ABC):
+    """One run of a method over a model: edits come out, and what the method carries from edit to edit stays in."""
+
+    def __init__(self, lm: LanguageModel, method: Method, objective: Objective | None, seed: int) -> None:
+        self.lm = lm
+        self.method = method
+        self.objective = objective or method.objective("ce")
+        self.seed = seed
+        self.count = 0
+
+    def edit(self, facts: Sequence[Fact]) -> Edit:
+        """An edit that makes `facts` true together; the model is left as it was.
+
+        Raises FactError if a fact cannot be edited (no fact, no tokens), ValueError if the objective does not fit.
+        """
+        if not facts:
+            raise FactError("there is nothing to edit; give at least one fact")
+        edit = self._edit(list(facts))
+        self.count += 1
+        return edit
+
+    @abstractmethod
+    def _edit(self, facts: list[Fact]) -> Edit: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be kept for the sequence to go on as if it had not stopped."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.count = int(state["count"])
+
+    def encode(self, fact: Fact) -> Encoded:
+        """Prompt and target as tokens. Raises FactError where the tokenizer sees nothing in one of them."""
+        try:
+            encoded = encode(self.lm.tokenizer, fact.text, fact.target)
+        except ValueError as error:
+            raise FactError(str(error)) from error
+        if not encoded.target_ids:
+            raise FactError(f"the target {fact.target!r} has no tokens in {self.lm.name}; write another answer")
+        return encoded
+
+    def record(self) -> dict[str, Any]:
+        """The objective as it stands in an edit: name and settings."""
+        return {"name": self.objective.name, **asdict(self.objective)}  # type: ignore[call-overload]  # objectives are dataclasses

@@ -1,0 +1,1 @@
+"""The parts that locate-then-edit methods share."""

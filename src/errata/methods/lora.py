@@ -1,0 +1,174 @@
+"""LoRA: low-rank adapters on the attention's query and value projections, trained on the edit; the adapters are PEFT's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from errata.edits.delta import LowRankDelta
+from errata.edits.edit import Edit
+from errata.facts import Fact
+from errata.lm.errors import ModelError
+from errata.lm.loading import refuse_uneditable
+from errata.methods.base import Method, Session
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+    from errata.objectives.base import Objective
+
+#: Names of what computes queries and values: apart, or fused with the keys.
+_APART, _FUSED = ({"q_proj", "v_proj"}, {"c_attn", "qkv_proj", "query_key_value"})
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Adam on low-rank adapters W + (alpha/rank) B A (Hu et al. 2021, arXiv 2106.09685), as OVERTONE §4.1 edits with it.
+
+    rank, alpha, dropout: PEFT's; dropout is on while training and nowhere else.
+    steps, lr: at most so many steps of Adam, no weight decay. The optimisation also ends when the objective says that no token is active.
+    targets: names of the adapted modules; None: query and value of every layer, or the fused projection that holds them.
+    A session goes on training its adapter from edit to edit; each edit holds what was added since the one before it.
+    """
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "arXiv 2106.09685, as in OVERTONE §4.1"
+    family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"lr": 5e-3, "steps": 70},
+        "qwen2.5-7b": {"steps": 60},
+        "llama-3-8b": {"steps": 70},
+        "atlas": {"lr": 5e-3, "steps": 30},
+    }
+    objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "ce": {"reduction": "mean"},
+        "overtone": {"epsilon": 0.05, "n_sigma": 0.5, "lam": 0.1, "reduction": "mean"},
+    }
+
+    rank: int = 8
+    alpha: int = 32
+    dropout: float = 0.1
+    steps: int | None = None
+    lr: float | None = None
+    targets: tuple[str, ...] | None = None
+
+    def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
+        """See `Method.start`."""
+        chosen = self.for_model(lm)
+        names = {name.rpartition(".")[2] for name, module in lm.model.named_modules() if hasattr(module, "weight")}
+        found = chosen.targets or tuple(sorted(names & _APART if names >= _APART else names & _FUSED))
+        if not found or (missing := set(found) - names):
+            unknown = f"no module named {', '.join(sorted(missing))}" if found else "no query and value projections that LoRA knows"
+            raise ModelError(f"{lm.name} has {unknown}; name the modules to adapt with targets")
+        paths = [name for name, _ in lm.model.named_modules() if name.rpartition(".")[2] in found]
+        refuse_uneditable(lm, [f"{path}.weight" for path in paths])
+        return _Adapting(lm, replace(chosen, targets=found), objective, seed)
+
+
+class _Adapting(Session):
+    method: LoRA
+
+    def __init__(self, lm: LanguageModel, method: LoRA, objective: Objective | None, seed: int) -> None:
+        super().__init__(lm, method, objective, seed)
+        self.adapter: dict[str, tuple[Tensor, Tensor]] = {}  # path -> A [r, in], B [out, r]; empty before the first edit
+        self.edits: list[Edit] = []  # of this session: the adapter as it stands is their sum
+
+    def _edit(self, facts: list[Fact]) -> Edit:
+        clock = time.perf_counter()
+        lora = self.method
+        assert lora.steps is not None and lora.lr is not None  # for_model filled them in
+        batch = self.lm.batch([self.encode(fact) for fact in facts])
+        losses: list[float] = []
+        scale = lora.alpha / lora.rank
+        devices = [self.lm.device] if self.lm.device.type == "cuda" else []
+        with _taken_out(self.edits), torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed + self.count)
+            reference = None
+            if self.objective.needs_reference:
+                with torch.no_grad():
+                    reference = self.lm.target_logits(batch)
+            with _adapted(self.lm, lora, self.adapter) as adapters:
+                parameters = [p for pair in adapters.values() for p in pair]
+                adam = torch.optim.Adam(parameters, lr=lora.lr)
+                for _ in range(lora.steps):
+                    value = self.objective.evaluate(self.lm.target_logits(batch), batch.targets, batch.mask, reference)
+                    losses.append(value.loss.mean().item())
+                    if bool(value.finished.all()):
+                        break
+                    for parameter, gradient in zip(parameters, torch.autograd.grad(value.loss.mean(), parameters), strict=True):
+                        parameter.grad = gradient
+                    adam.step()
+                trained = {path: (a.detach().clone(), b.detach().clone()) for path, (a, b) in adapters.items()}
+        deltas = []
+        for path, (a, b) in trained.items():
+            left, right = scale * b, a
+            if path in self.adapter:  # the change since the last edit: B A - B' A'
+                old_a, old_b = self.adapter[path]
+                left, right = torch.cat([left, -scale * old_b], 1), torch.cat([right, old_a])
+            deltas.append(LowRankDelta(path, left, right))
+        diagnostics = {"steps": len(losses), "losses": losses, "seconds": time.perf_counter() - clock}
+        edit = Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
+        self.adapter = trained
+        self.edits.append(edit)
+        return edit
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapter too."""
+        return super().state_dict() | {"adapter": dict(self.adapter)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The earlier edits stay in the weights where they are; see `state_dict`."""
+        super().load_state_dict(state)
+        self.adapter = dict(state["adapter"])
+
+
+@contextmanager
+def _taken_out(edits: list[Edit]) -> Iterator[None]:
+    """The applied ones among `edits` reverted while it lasts: the adapter that goes on being trained holds them already."""
+    with ExitStack() as back:
+        for edit in reversed([edit for edit in edits if edit.applied]):
+            edit.revert()
+            back.callback(edit.apply)
+        yield
+
+
+@contextmanager
+def _adapted(
+    lm: LanguageModel, lora: LoRA, start: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+    """PEFT's adapters in the model while it lasts, from `start` or new; path -> (A, B). The model comes back as it was."""
+    from peft import LoraConfig, inject_adapter_in_model  # 8 s to import: only who edits with LoRA pays
+    from peft.tuners.lora import LoraLayer
+
+    trainable = {name: parameter.requires_grad for name, parameter in lm.model.named_parameters()}
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets or ()), bias="none",
+        fan_in_fan_out=lm.model.config.model_type == "gpt2",
+    )  # fmt: skip
+    try:
+        inject_adapter_in_model(config, lm.model)
+        layers = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
+        adapters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for path, layer in layers.items():
+            pair: Any = layer  # PEFT's own types know tensors and modules only
+            a, b = pair.lora_A["default"].weight, pair.lora_B["default"].weight
+            if path in start:
+                with torch.no_grad():
+                    a.copy_(start[path][0])
+                    b.copy_(start[path][1])
+            pair.lora_dropout.train()
+            adapters[path] = (a, b)
+        yield adapters
+    finally:
+        for name, module in list(lm.model.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(lm.model.get_submodule(parent), child, module.get_base_layer())
+        for name, parameter in lm.model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        for leftover in ("peft_config", "_hf_peft_config_loaded"):
+            vars(lm.model).pop(leftover, None)

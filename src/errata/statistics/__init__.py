@@ -1,0 +1,1 @@
+"""What a model's keys look like over ordinary text."""
