@@ -100,6 +100,16 @@ def test_bench_and_resume(model: str, data: str, tmp_path: Path, capsys: pytest.
     assert code == 0 and json.loads(printed) == results, "plan.yaml is a plan"
 
 
+def test_runs_without_a_name_get_folders_of_their_own(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        code, _, err = said(capsys, "bench", "--model", model, "--data", data, "--methods", "ft-m", "--limit", "1", "--set", "ft-m.steps=1")
+        assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-facts", "tiny-facts-2"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

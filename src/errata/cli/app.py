@@ -198,7 +198,7 @@ def bench(
     split: SplitOption = None,
     seed: Annotated[str | None, typer.Option(metavar="S", help="One seed, or several: 0,1,2 (default: 0).")] = None,
     setting: SetOption = None,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder (default: a new one in runs/).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what RUN already holds.")] = False,
     data_dir: DataDirOption = None,
     device: DeviceOption = None,
@@ -224,7 +224,10 @@ def bench(
         settings.setdefault(owner, {}).update(values)
     options = {name: value for name, value in given.items() if value is not None}
     wanted = Plan.from_dict({**base, **options, "settings": settings}, _what(plan))
-    out = out or Path("runs") / "-".join([Path(wanted.model).name, Path(wanted.data).stem, *map(str, wanted.seeds)])
+    if out is None:
+        if resume:
+            raise PlanError("--resume needs --out RUN: the folder of the run that is to go on")
+        out = _free(Path("runs"), f"{Path(wanted.model).name}-{Path(wanted.data).stem}")
     wanted = claim(wanted, out, resume)
     _threads(wanted.threads)
     from errata.bench.run import run
@@ -295,6 +298,14 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def _what(plan: Path | None) -> str:
     return str(plan) if plan else "bench needs --model, --data and --methods, or a plan file"
+
+
+def _free(parent: Path, name: str) -> Path:
+    """The first folder that is not there yet: name, name-2, name-3 …"""
+    number = 1
+    while (place := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return place
 
 
 def _folder(edits: Path | None) -> None:
