@@ -146,3 +146,12 @@ def test_hash_of_cases_sees_content_and_order() -> None:
     one, two = (EditCase(name, (Fact("The capital of {} is", name, "Lyon"),)) for name in "ab")
     assert hash_cases([one, two]) == hash_cases([EditCase.from_dict(one.to_dict()), two])
     assert len({hash_cases(cases) for cases in ([one], [one, two], [two, one])}) == 3
+
+
+def test_each_seed_draws_its_own_cases() -> None:
+    cases = [EditCase(str(i), (Fact("The capital of {} is", "France", "Rome"),)) for i in range(50)]
+    plan = Plan("atlas", "atlas", ("ft-m",), limit=20)
+    drawn = {seed: [case.id for case in plan.draw(cases, seed)] for seed in (0, 1)}
+    assert drawn[0] != drawn[1] and all(len(set(ids)) == 20 and ids == sorted(ids, key=int) for ids in drawn.values())
+    assert plan.draw(cases, 0) == plan.draw(cases, 0)
+    assert replace(plan, limit=None).draw(cases, 0) == replace(plan, limit=50).draw(cases, 1) == cases

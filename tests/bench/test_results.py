@@ -41,7 +41,7 @@ def records() -> dict[Key, Record]:
 
 def test_rows_against_plain_sums() -> None:
     made = records()
-    result = summarise(PLAN, CASES, made, {"torch": "2"})
+    result = summarise(PLAN, {0: CASES}, made, {"torch": "2"})
     assert [(row["method"], row["objective"]) for row in result["rows"]] == [(row.method, row.objective) for row in PLAN.rows]
     assert result["environment"] == {"torch": "2"}
     for row, summary in zip(PLAN.rows, result["rows"], strict=True):
@@ -62,21 +62,21 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     made = records()
     shuffled = list(made.items())
     random.Random(1).shuffle(shuffled)
-    assert dump(summarise(PLAN, CASES, dict(shuffled), {})) == dump(summarise(PLAN, CASES, made, {}))
+    assert dump(summarise(PLAN, {0: CASES}, dict(shuffled), {})) == dump(summarise(PLAN, CASES, made, {}))
 
 
 def test_failed_cases_are_counted_and_in_no_mean() -> None:
     made = records()
     row = PLAN.rows[0]
-    before = summarise(PLAN, CASES[1:], made, {})["rows"][0]
+    before = summarise(PLAN, {0: CASES[1:]}, made, {})["rows"][0]
     made[key_of(row, CASES[0])] = {"method": row.method, "objective": row.objective, "seed": 0, "case": CASES[0], "error": "no subject"}
-    after = summarise(PLAN, CASES, made, {})["rows"][0]
+    after = summarise(PLAN, {0: CASES}, made, {})["rows"][0]
     assert (after["n"], after["failed"]) == (29, 1)
     assert (after["metrics"], after["intervals"]) == (before["metrics"], before["intervals"])
 
 
 def test_nothing_measured_is_still_json() -> None:
-    result = json.loads(dump(summarise(PLAN, CASES, {}, {})))
+    result = json.loads(dump(summarise(PLAN, {0: CASES}, {}, {})))
     assert [row["n"] for row in result["rows"]] == [0, 0, 0, 0]
     assert set(result["rows"][0]["metrics"].values()) == {None}
 

@@ -60,7 +60,7 @@ def measure(
     lr: float = 0.2,
     seed: int = 0,
 ) -> Knowledge:
-    """Ask `lm` about the atlas world, and try `edits` independent edits of its `layer`. facts: so many questions of each kind, None: all."""
+    """Ask `lm` about the atlas world, and try `edits` independent edits of its `layer`. facts: questions a kind (None: all)."""
     world = build()
     shares = {}
     for kind in ("seen", "unseen", "alias", "two_hop"):
@@ -122,7 +122,7 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     left, right = rank_one(lm, layer, found, moment)
 
     def written(batch: Batch, rows: slice) -> AbstractContextManager[None]:
-        return _own_write(lm, layer, batch, left[rows], right[rows])
+        return own_write(lm, layer, batch, left[rows], right[rows])
 
     near = [
         (i, encode(lm.tokenizer, p.prompt, p.answers[0]))
@@ -132,7 +132,7 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     owner, asked = torch.tensor([i for i, _ in near]), [e for _, e in near]
 
     def written_near(batch: Batch, rows: slice) -> AbstractContextManager[None]:
-        return _own_write(lm, layer, batch, left[owner[rows]], right[owner[rows]])
+        return own_write(lm, layer, batch, left[owner[rows]], right[owner[rows]])
 
     before, after = answers(lm, asked)[0], answers(lm, asked, written_near)[0]
     return {
@@ -159,7 +159,7 @@ def rank_one(lm: LanguageModel, layer: int, found: Values, moment: Tensor) -> tu
 
 
 @contextmanager
-def _own_write(lm: LanguageModel, layer: int, batch: Batch, left: Tensor, right: Tensor) -> Iterator[None]:
+def own_write(lm: LanguageModel, layer: int, batch: Batch, left: Tensor, right: Tensor) -> Iterator[None]:
     """Every row of the batch runs with its own Δ = left rightᵀ at the layer's down-projection."""
     path = lm.anatomy.mlp_down[layer]
     with capture(lm.model, {"k": path}, inputs=True) as seen:

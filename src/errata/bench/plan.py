@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -52,7 +53,7 @@ class Plan:
 
     methods, objectives: names of the registries; every method is run with every objective.
     protocol: "single" (each case from the unedited model, measured after its edit).
-    limit, split: the first `limit` cases of the data set's `split`; None is all of them, and the data set's own choice.
+    limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
         last is for the objective in that company only.
@@ -96,6 +97,12 @@ class Plan:
     def rows(self) -> list[Row]:
         """The table's lines, in its order."""
         return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self.objectives]
+
+    def draw(self, cases: Sequence[EditCase], seed: int) -> list[EditCase]:
+        """The cases of a seed, in the data's order. Another seed draws others: several seeds say how much the choice of cases matters."""
+        if self.limit is None or self.limit >= len(cases):
+            return list(cases)
+        return [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), self.limit))]
 
     def to_dict(self) -> dict[str, Any]:
         """A YAML-ready mapping; `from_dict` reads it back."""

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,10 +22,9 @@ PACKAGES = ("errata", "torch", "transformers", "peft", "tokenizers", "numpy")
 RESAMPLES = 1000
 
 
-def summarise(plan: Plan, case_ids: Iterable[str], records: Mapping[Key, Record], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `results.json`: rows in the plan's order, each over its cases in the data's order (not the file's)."""
-    ids = list(case_ids)
-    rows = [_row(plan, row, [records[key] for case in ids if (key := key_of(row, case)) in records]) for row in plan.rows]
+def summarise(plan: Plan, case_ids: Mapping[int, Sequence[str]], records: Mapping[Key, Record], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `results.json`: rows in the plan's order, each over its seed's cases in the data's order (not the file's)."""
+    rows = [_row(plan, row, [records[key] for case in case_ids[row.seed] if (key := key_of(row, case)) in records]) for row in plan.rows]
     return {"rows": rows, "environment": dict(environment)}
 
 

@@ -57,7 +57,7 @@ def run(
     rows = [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
     source = None
     if cases is None:
-        cases = data.load(plan.data, data_dir=data_dir, limit=plan.limit, split=plan.split)
+        cases = data.load(plan.data, data_dir=data_dir, split=plan.split)
         source = None if plan.data == "atlas" else data.find(plan.data, data_dir, plan.split)
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
@@ -67,11 +67,12 @@ def run(
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         start(plan, out)
         records = read_records(out / RECORDS)
-        _fill(rows, cases, lm, out / RECORDS, records, progress)
+        drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
+        _fill(rows, drawn, lm, out / RECORDS, records, progress)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
-    results = summarise(plan, ids, records, where)
+    results = summarise(plan, {seed: [case.id for case in chosen] for seed, chosen in drawn.items()}, records, where)
     write_whole(out / RESULTS, dump(results))
     return results
 
@@ -104,17 +105,18 @@ def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = N
 
 def _fill(
     rows: list[tuple[Row, Method, Objective]],
-    cases: Sequence[EditCase],
+    cases: Mapping[int, Sequence[EditCase]],
     lm: LanguageModel,
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
 ) -> None:
-    """Measure what has no record yet, and append it."""
+    """Measure what has no record yet, and append it. cases: those of each seed."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
-    total, done = len(rows) * len(cases), sum(key_of(row, case.id) in records for row, *_ in rows for case in cases)
+    wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
+    total, done = len(wanted), sum(key in records for key in wanted)
     for row, method, objective in rows:
-        for case in cases:
+        for case in cases[row.seed]:
             key = key_of(row, case.id)
             if key in records:
                 continue

@@ -88,10 +88,14 @@ class Line:
 
 
 class Corpus:
-    """An endless, seeded stream of documents, each a list of lines that are joined by a line break."""
+    """An endless, seeded stream of documents, each a list of lines that are joined by a line break.
 
-    def __init__(self, world: World, seed: int = 0) -> None:
+    two_hop: share of two-hop statements among single statements; a biography holds up to 8 times as many of them.
+    """
+
+    def __init__(self, world: World, seed: int = 0, two_hop: float = 0.35) -> None:
         self.world = world
+        self.two_hop = two_hop
         self.rng = random.Random(seed)
         self.statements = list(world.statements.values())
         self.compositions = {name: list(world.compositions(name)) for name in world.composed}
@@ -117,14 +121,14 @@ class Corpus:
         known = self.world.by_subject[subject]
         lines = [self._statement(statement, name) for statement in known]
         lines += [self._statement(statement, name) for statement in known if self.rng.random() < 0.2]
-        lines += [self._two_hop(subject, name) for _ in range(self.rng.choice((0, 1, 2, 3))) if subject in self.compositions]
+        lines += [self._two_hop(subject, name) for _ in range(self.rng.randint(0, round(8 * self.two_hop))) if subject in self.compositions]
         self.rng.shuffle(lines)
         return lines
 
     def _anything(self) -> Line:
         statement = self.rng.choice(self.statements)
         name = self._name(statement.subject, 0.15)
-        if statement.subject in self.compositions and self.rng.random() < 0.35:
+        if statement.subject in self.compositions and self.rng.random() < self.two_hop:
             return self._two_hop(statement.subject, name)
         return self._statement(statement, name)
 

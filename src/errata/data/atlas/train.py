@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from errata.data.atlas.corpus import Corpus, Line
 from errata.data.atlas.world import World, build
 
 END = "<|endoftext|>"
+STAGES = ((2600, 0.35), (4000, 0.6))
+"""(last step, share of two-hop statements) of each stage: first the facts, then more of what follows from them."""
 
 
 def make_tokenizer(world: World, size: int = 3072, documents: int = 30_000) -> Any:
@@ -104,15 +105,24 @@ class Rows:
             weights.append(self.other)
         return ids[: self.length], weights[: self.length]
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        while True:
-            rows = [self.row() for _ in range(size)]
-            yield torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and weights, both [size, length]."""
+        rows = [self.row() for _ in range(size)]
+        return torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, flat, then linear to zero over the last 40 %."""
-    return min((step + 1) / warmup, 1.0, (steps - step) / (0.4 * steps))
+def stage(step: int) -> tuple[int, float]:
+    """The stage that a step belongs to."""
+    return next(one for one in STAGES if step < one[0])
+
+
+def schedule(step: int) -> float:
+    """Share of the learning rate: linear warm-up over 60 steps, flat, then linear towards zero at the end of the stage.
+
+    The decline takes the last 40 % of all steps up to there; a new stage so begins with a rise.
+    """
+    end, _ = stage(step)
+    return min((step + 1) / 60, 1.0, (end - step) / (0.4 * end))
 
 
 def main() -> None:
@@ -120,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoint.pt and model/; a checkpoint in it is gone on from")
-    add("--steps", type=int, default=2600)
+    add("--steps", type=int, default=STAGES[-1][0], help="stop here (the schedule is that of the whole training)")
     add("--batch", type=int, default=24)
     add("--length", type=int, default=160)
     add("--lr", type=float, default=4e-3)
@@ -173,12 +183,12 @@ def train(options: argparse.Namespace) -> None:
     forward = torch.compile(model) if options.compile else model
     model.train()
     start, begun, running = time.time(), step, 0.0
-    for ids, weights in rows.batches(options.batch):
-        if step >= options.steps:
-            break
+    while step < options.steps:
+        rows.corpus.two_hop = stage(step)[1]
+        ids, weights = rows.batch(options.batch)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = options.lr * schedule(step, options.steps, 60)
+                group["lr"] = options.lr * schedule(step)
             optimiser.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(input_ids=ids, use_cache=False).logits

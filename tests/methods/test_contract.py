@@ -1,0 +1,217 @@
+"""Every method on every architecture: it edits, takes nothing with it, comes out bit for bit, goes on, and is deterministic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import errata
+from errata import methods
+from errata.edits import Edit
+from errata.facts import Fact, FactError
+from errata.lm import LanguageModel, ModelError
+from errata.objectives import CrossEntropy, Overtone
+from tests.families import FAMILIES, language_model
+
+# Steps and rates with which a random model of width 16 learns one fact; the papers' are for models that know a language.
+QUICK: dict[str, dict[str, Any]] = {
+    "ft-l": {"steps": 25, "lr": 0.1, "layer": 2},
+    "ft-m": {"steps": 25, "lr": 0.1, "layer": 2},
+    "lora": {"steps": 60, "lr": 0.1, "dropout": 0.0},
+}
+FACT = Fact("The capital of {} is", "France", "Tokyo")
+OTHER = Fact("{} was born in", "Marie Curie", "Lyon, in France")
+
+
+def method(name: str, **changes: Any) -> methods.Method:
+    return methods.get(name, **{**QUICK[name], **changes})
+
+
+def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def loss(lm: LanguageModel, edit: Edit) -> float:
+    """What the edit minimises: its own cross-entropy, asked as it asks."""
+    from errata.lm.tokens import encode
+
+    batch = lm.batch([encode(lm.tokenizer, fact.text, fact.target) for fact in edit.facts])
+    if edit.method["name"] == "ft-l":
+        batch.positions.copy_(batch.positions[:, :1].expand_as(batch.positions) * batch.mask)
+    with torch.no_grad():
+        return float(CrossEntropy()(lm.target_logits(batch), batch.targets, batch.mask).mean())
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), Overtone(epsilon=0.05)], ids=lambda o: o.name)
+@pytest.mark.parametrize("name", methods.NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_and_reverts_exactly(family: str, name: str, objective: Any) -> None:
+    lm = language_model(family)
+    before, flags = weights(lm), [p.requires_grad for p in lm.model.parameters()]
+    edit = errata.edit(lm, FACT, method(name), objective)
+    assert same(before, weights(lm)), "making an edit must not change the model"
+    assert [p.requires_grad for p in lm.model.parameters()] == flags and not lm.model.training
+    assert not hasattr(lm.model, "peft_config")
+    old = loss(lm, edit)
+    edit.apply()
+    assert loss(lm, edit) < (0.95 if name == "ft-l" else 0.7) * old  # FT-L asks several tokens of one position
+    touched = {delta.path for delta in edit.deltas}
+    after = weights(lm)
+    moved = {path.removesuffix(".weight") for path in before if not torch.equal(before[path], after[path])}
+    assert moved == touched
+    edit.revert()
+    assert same(before, weights(lm))
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_same_seed_same_edit(name: str) -> None:
+    lm = language_model("llama")
+    first, again, other = (errata.edit(lm, FACT, method(name, **({"dropout": 0.3} if name == "lora" else {})), seed=s) for s in (1, 1, 2))
+
+    def tensors(edit: Edit) -> list[torch.Tensor]:
+        return [tensor for delta in edit.deltas for tensor in delta.tensors().values()]
+
+    assert all(map(torch.equal, tensors(first), tensors(again), strict=True))
+    if name == "lora":  # it draws adapters and dropout masks; FT draws nothing
+        assert not all(map(torch.equal, tensors(first), tensors(other), strict=True))
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_a_sequence_goes_on_where_it_stopped(name: str) -> None:
+    """Two edits in a row, against: stop after the first, load the session's state into a new one, second edit there."""
+    lm = language_model("qwen3")
+    session = method(name).start(lm, seed=3)
+    first = session.edit([FACT])
+    with first.applied_():
+        state = session.state_dict()
+        straight = session.edit([OTHER])
+        with straight.applied_():
+            expected = weights(lm)
+    fresh = method(name).start(lm, seed=3)
+    fresh.load_state_dict(state)
+    with first.applied_():
+        resumed = fresh.edit([OTHER])
+        with resumed.applied_():
+            assert same(expected, weights(lm))
+            assert loss(lm, resumed) < 1.0
+
+
+def test_a_lora_session_trains_one_adapter() -> None:
+    """The sum of a session's edits has the adapter's rank, not a rank that grows with every edit."""
+    lm = language_model("llama")
+    session = method("lora", rank=2).start(lm)
+    edits = []
+    for fact in (FACT, OTHER, FACT):
+        edits.append(session.edit([fact]))
+        edits[-1].apply()
+    path = edits[0].deltas[0].path
+    total = sum(delta.left.double() @ delta.right.double() for edit in edits for delta in edit.deltas if delta.path == path)
+    assert int((torch.linalg.svdvals(total) > 1e-5).sum()) <= 2  # type: ignore[arg-type]
+    assert [delta.rank for edit in edits for delta in edit.deltas if delta.path == path] == [2, 4, 4]
+
+
+def test_lora_is_pefts_lora() -> None:
+    """The edit's weights against a loop of plain PEFT with the same seed."""
+    from peft import LoraConfig, get_peft_model
+
+    from errata.lm.tokens import encode
+
+    lm = language_model("llama")
+    made = errata.edit(lm, FACT, methods.get("lora", steps=5, lr=0.01, dropout=0.1), seed=7)
+    encoded = encode(lm.tokenizer, FACT.text, FACT.target)
+    ids = torch.tensor([encoded.ids])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < encoded.prompt_length, -100)
+    torch.manual_seed(7)
+    config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], bias="none")
+    plain = get_peft_model(language_model("llama").model, config)
+    plain.train()
+    adam = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(5):
+        adam.zero_grad()
+        plain(input_ids=ids, labels=labels).loss.backward()
+        adam.step()
+    merged = plain.merge_and_unload().get_parameter("model.layers.1.self_attn.q_proj.weight")
+    with made.applied_():
+        ours = lm.model.get_parameter("model.layers.1.self_attn.q_proj.weight")
+        torch.testing.assert_close(ours, merged, atol=1e-6, rtol=1e-4)
+
+
+def test_ft_is_plain_fine_tuning() -> None:
+    """FT-M from cached states against Adam on the weight itself with full forward passes."""
+    from errata.lm.tokens import encode
+
+    lm = language_model("llama", dtype=torch.float64)
+    made = errata.edit(lm, [FACT, OTHER], methods.get("ft-m", layer=1, steps=6, lr=1e-2))
+    plain = language_model("llama", dtype=torch.float64)
+    weight = plain.model.model.layers[1].mlp.down_proj.weight
+    adam = torch.optim.Adam([weight], lr=1e-2)
+    for _ in range(6):
+        losses = []
+        for fact in (FACT, OTHER):
+            encoded = encode(plain.tokenizer, fact.text, fact.target)
+            ids = torch.tensor([encoded.ids])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < encoded.prompt_length, -100)
+            losses.append(plain.model(input_ids=ids, labels=labels).loss)
+        adam.zero_grad()
+        torch.stack(losses).mean().backward()
+        adam.step()
+    with made.applied_():
+        torch.testing.assert_close(lm.model.model.layers[1].mlp.down_proj.weight, weight, atol=1e-9, rtol=0)
+
+
+def test_ft_clamp_limits_every_entry() -> None:
+    lm = language_model("gpt2")
+    made = errata.edit(lm, FACT, method("ft-l", clamp=5e-4))
+    assert made.deltas[0].tensors()["tensor"].abs().max() <= 5e-4
+
+
+def test_a_finished_edit_stops() -> None:
+    """With OVERTONE an edit ends when its last token is clipped, not after the last step."""
+    lm = language_model("llama")
+    made = errata.edit(lm, FACT, method("ft-m", steps=200), Overtone(epsilon=0.2))
+    assert 1 < made.diagnostics["steps"] < 200
+    assert made.diagnostics["losses"][-1] <= 0.2 * len(lm.tokenizer(" Tokyo")["input_ids"]) + 1e-6
+
+
+def test_static_overtone_uses_the_unedited_model() -> None:
+    lm = language_model("llama")
+    for name in methods.NAMES:
+        with errata.edit(lm, FACT, method(name), Overtone(dynamic=False)).applied_() as edit:
+            assert edit.diagnostics["losses"][-1] < edit.diagnostics["losses"][0]
+
+
+def test_an_edit_survives_its_folder(tmp_path: Any) -> None:
+    lm = language_model("gpt2")
+    for name in methods.NAMES:
+        made = errata.edit(lm, FACT, method(name))
+        with made.applied_():
+            expected = weights(lm)
+        made.save(tmp_path / name)
+        with Edit.load(tmp_path / name, lm).applied_():
+            assert same(expected, weights(lm))
+
+
+def test_names_and_requests_that_do_not_fit() -> None:
+    lm = language_model("llama")
+    with pytest.raises(ValueError, match="did you mean 'ft-m'"):
+        methods.get("ftm")
+    with pytest.raises(ModelError, match="layers 0 to 3, not 9"):
+        errata.edit(lm, FACT, methods.get("ft-m", layer=9))
+    with pytest.raises(ModelError, match="no module named query"):
+        errata.edit(lm, FACT, methods.get("lora", targets=("query",)))
+    with pytest.raises(FactError, match="at least one fact"):
+        errata.edit(lm, [])
+
+
+def test_defaults_follow_the_family() -> None:
+    lm = language_model("llama")
+    assert methods.get("ft-m").for_model(lm).lr == 5e-4  # type: ignore[attr-defined]
+    edit = errata.edit(lm, FACT, "ft-m", "overtone")
+    assert edit.objective is not None and edit.objective["epsilon"] == 0.01 and edit.objective["reduction"] == "mean"
+    assert edit.method["layer"] == 2 and edit.method["name"] == "ft-m"  # two thirds up in four layers
