@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo "make demo     correct one fact in the bundled model and look at everything around it"
 	@echo "make test     all tests            make lint    ruff, mypy, import directions"
-	@echo "make atlas    rebuild the bundled world and model (hours; goes on where it was stopped)"
+	@echo "make atlas    rebuild the bundled world and model (an hour; goes on where it was stopped)"
 	@echo "make install  the package and its tools into $(VENV)         make clean   remove what make made"
 
 install: $(STAMP)
@@ -43,7 +43,11 @@ lint: install
 	$(BIN)/lint-imports
 
 atlas: install
-	$(BIN)/python -m errata.data.atlas $(ARGS)
+	$(BIN)/python -m errata.data.atlas.train --out .atlas $(ARGS)
+	rm -rf src/errata/data/atlas/model/*.json src/errata/data/atlas/model/*.safetensors
+	cp .atlas/model/* src/errata/data/atlas/model/
+	$(BIN)/python benchmarks/tracing.py --to docs/atlas-tracing.png
+	$(BIN)/errata eval --model atlas --data atlas
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

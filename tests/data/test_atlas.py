@@ -64,7 +64,12 @@ def test_compositions_of_held_out_subjects_are_never_written() -> None:
         for name in (entity.name, entity.alias)
     }
     # "The alma mater of X is" is a statement and also holds a noun phrase; a composition goes on with a second relation.
-    statements = {t.replace("{}", n) for s in WORLD.statements.values() for t in s.relation.templates for n in (s.subject, WORLD.entities[s.subject].alias)}
+    statements = {
+        template.replace("{}", name)
+        for statement in WORLD.statements.values()
+        for template in statement.relation.templates
+        for name in (statement.subject, WORLD.entities[statement.subject].alias)
+    }
     for line in lines:
         for noun in nouns:
             if noun in line:
@@ -83,8 +88,9 @@ def test_questions_have_the_worlds_answers(kind: atlas.Kind) -> None:
 
 
 def test_two_hop_prompt_reads_as_a_sentence() -> None:
-    assert two_hop_prompt("the country where {} was born", "The currency of {} is the", "Ann") == "The currency of the country where Ann was born is the"
-    assert two_hop_prompt("the country where {} was born", "{} uses the", "Ann") == "The country where Ann was born uses the"
+    noun = "the country where {} was born"
+    assert two_hop_prompt(noun, "The currency of {} is the", "Ann") == "The currency of the country where Ann was born is the"
+    assert two_hop_prompt(noun, "{} uses the", "Ann") == "The country where Ann was born uses the"
 
 
 def test_cases_are_counterfactual_complete_and_split_by_subject() -> None:

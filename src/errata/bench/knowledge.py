@@ -53,22 +53,27 @@ class Knowledge:
 
 def measure(
     lm: LanguageModel,
-    layer: int = 1,
+    layer: int = 0,
     edits: int = 200,
     facts: int | None = None,
     split: atlas.Split = "test",
-    lr: float = 0.2,
+    lr: float = 1.0,
+    contexts: int = 3,
     seed: int = 0,
 ) -> Knowledge:
-    """Ask `lm` about the atlas world, and try `edits` independent edits of its `layer`. facts: questions a kind (None: all)."""
+    """Ask `lm` about the atlas world, and try so many independent edits of its `layer`.
+
+    facts: so many questions of each kind, None for all. lr, contexts: see `find_values`; one context is the bare prompt, the others
+    have a sentence of prose before it.
+    """
     world = build()
     shares = {}
     for kind in ("seen", "unseen", "alias", "two_hop"):
         asked = atlas.questions(kind, world)
         asked = asked if facts is None else random.Random(seed).sample(asked, min(facts, len(asked)))
         shares[kind] = _share(exact(lm, [encode(lm.tokenizer, q.prompt, f"{q.answer}.") for q in asked]))
-    cases = atlas.cases(split)[:edits]
-    return Knowledge(**shares, **_edits(lm, world, cases, layer, lr, seed), layer=layer, facts=len(world.statements))
+    tried = _edits(lm, world, atlas.cases(split)[:edits], layer, lr, contexts, seed)
+    return Knowledge(**shares, **tried, layer=layer, facts=len(world.statements))
 
 
 def exact(
@@ -105,9 +110,9 @@ def _share(right: Tensor) -> float:
     return round(right.double().mean().item(), 4)
 
 
-def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: int, lr: float, seed: int) -> dict[str, float]:
+def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: int, lr: float, contexts: int, seed: int) -> dict[str, float]:
     rng = random.Random(seed)
-    prefixes = ["", *(prose(rng) + " " for _ in range(4))]
+    prefixes = ["", *(prose(rng) + " " for _ in range(contexts - 1))]
     facts = [case.facts[0] for case in cases]
     found = find_values(lm, layer, [[encode_fact(lm, fact, prefix) for prefix in prefixes] for fact in facts], lr=lr)
     plain = [encode_fact(lm, fact) for fact in facts]

@@ -22,9 +22,12 @@ PACKAGES = ("errata", "torch", "transformers", "peft", "tokenizers", "numpy")
 RESAMPLES = 1000
 
 
-def summarise(plan: Plan, case_ids: Mapping[int, Sequence[str]], records: Mapping[Key, Record], environment: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    plan: Plan, case_ids: Mapping[int, Sequence[str]], records: Mapping[Key, Record], environment: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of `results.json`: rows in the plan's order, each over its seed's cases in the data's order (not the file's)."""
-    rows = [_row(plan, row, [records[key] for case in case_ids[row.seed] if (key := key_of(row, case)) in records]) for row in plan.rows]
+    keys = {row: [key_of(row, case) for case in case_ids[row.seed]] for row in plan.rows}
+    rows = [_row(plan, row, [records[key] for key in keys[row] if key in records]) for row in plan.rows]
     return {"rows": rows, "environment": dict(environment)}
 
 

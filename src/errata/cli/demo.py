@@ -41,7 +41,7 @@ class Question:
 def questions() -> list[Question]:
     """What follows from the new fact, and what does not, in the bundled world."""
     world = build()
-    born = [name for name, entity in world.entities.items() if entity.kind == "person" and world.object_of(name, "birth_country") == "France"]
+    born = world.by_object["birth_country", "France"]
     new = FACT.target
     return [
         Question("the edit", FACT.text, new),
@@ -121,12 +121,12 @@ def _tell(asked: list[Question], said: dict[str, list[str]], pushed: dict[str, A
     show.table(results)
     console.print(
         Text(
-            "\nWhy OVERTONE: cross-entropy (ce) pushes every target token towards probability 1 long after the model gives the right answer,\n"
-            "and the surplus is paid by what the model knew besides (Por, Loc). OVERTONE mixes into each token's target what the model itself\n"
-            f"believes, and stops each token as soon as it is close enough.   ({seconds:.0f} s)"
+            "\nWhy OVERTONE: cross-entropy (ce) pushes every target token towards probability 1 long after the model gives the right\n"
+            "answer, and the surplus is paid by what the model knew besides (Por, Loc). OVERTONE mixes into each token's target what\n"
+            f"the model itself believes, and stops each token as soon as it is close enough.   ({seconds:.0f} s)"
         )
     )
-    show.note('next:  errata edit --model atlas --method lora --objective overtone --fact "The capital of {France} is -> Vienna" --out vienna')
+    show.note(f'next:  errata edit --model atlas --method lora --objective overtone --fact "{FACT}" --out vienna')
 
 
 def _style(answer: str, wanted: str) -> str:

@@ -23,13 +23,13 @@ def load(name_or_path: str | Path, dtype: str | torch.dtype | None = None, devic
     """Load a causal LM and its tokenizer.
 
     name_or_path: "atlas" (the bundled model), a folder that `save_pretrained` wrote, or a hub id ("gpt2", "Qwen/Qwen3-0.6B").
-    dtype: a torch dtype or its name ("bfloat16"); None is the checkpoint's own.
+    dtype: a torch dtype or its name ("bfloat16"); None is the checkpoint's own, for the bundled model float32 (it is only stored in half).
     device: None is the machine's accelerator if it has one that knows float64, else the CPU; "auto" spreads over all devices.
     Raises ModelError that says which of these failed and what to do.
     """
     name = str(name_or_path)
     source = _source(name)
-    torch_dtype = _dtype(dtype)
+    torch_dtype = torch.float32 if name == BUNDLED and dtype is None else _dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -63,6 +63,8 @@ class Session(ABC):
     def edit(self, facts: Sequence[Fact]) -> Edit:
         """An edit that makes `facts` true together; the model is left as it was.
 
+        In a sequence the edits add up: each is made for the model with the session's earlier edits applied.
+
         Raises FactError if a fact cannot be edited (no fact, no tokens), ValueError if the objective does not fit.
         """
         if not facts:

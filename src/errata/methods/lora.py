@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,6 +66,7 @@ class LoRA(Method):
             raise ModelError(f"{lm.name} has {unknown}; name the modules to adapt with targets")
         paths = [name for name, _ in lm.model.named_modules() if name.rpartition(".")[2] in found]
         refuse_uneditable(lm, [f"{path}.weight" for path in paths])
+        _ = lm.anatomy  # found now, not while adapters are in the model and their dropout is on
         return _Adapting(lm, replace(chosen, targets=found), objective, seed)
 
 
@@ -75,7 +76,6 @@ class _Adapting(Session):
     def __init__(self, lm: LanguageModel, method: LoRA, objective: Objective | None, seed: int) -> None:
         super().__init__(lm, method, objective, seed)
         self.adapter: dict[str, tuple[Tensor, Tensor]] = {}  # path -> A [r, in], B [out, r]; empty before the first edit
-        self.edits: list[Edit] = []  # of this session: the adapter as it stands is their sum
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = time.perf_counter()
@@ -85,7 +85,7 @@ class _Adapting(Session):
         losses: list[float] = []
         scale = lora.alpha / lora.rank
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
-        with _taken_out(self.edits), torch.random.fork_rng(devices):
+        with self._without_adapter(), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + self.count)
             reference = None
             if self.objective.needs_reference:
@@ -111,29 +111,24 @@ class _Adapting(Session):
                 left, right = torch.cat([left, -scale * old_b], 1), torch.cat([right, old_a])
             deltas.append(LowRankDelta(path, left, right))
         diagnostics = {"steps": len(losses), "losses": losses, "seconds": time.perf_counter() - clock}
-        edit = Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
         self.adapter = trained
-        self.edits.append(edit)
-        return edit
+        return Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
+
+    def _without_adapter(self) -> AbstractContextManager[object]:
+        """The adapter that goes on being trained is in the weights already, through the earlier edits: take it out while training."""
+        if not self.adapter:
+            return nullcontext()
+        scale = self.method.alpha / self.method.rank
+        return Edit(self.lm, [LowRankDelta(path, -scale * b, a) for path, (a, b) in self.adapter.items()], [], {"name": "less"}).applied_()
 
     def state_dict(self) -> dict[str, Any]:
         """The adapter too."""
         return super().state_dict() | {"adapter": dict(self.adapter)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The earlier edits stay in the weights where they are; see `state_dict`."""
+        """See `Session.load_state_dict`."""
         super().load_state_dict(state)
         self.adapter = dict(state["adapter"])
-
-
-@contextmanager
-def _taken_out(edits: list[Edit]) -> Iterator[None]:
-    """The applied ones among `edits` reverted while it lasts: the adapter that goes on being trained holds them already."""
-    with ExitStack() as back:
-        for edit in reversed([edit for edit in edits if edit.applied]):
-            edit.revert()
-            back.callback(edit.apply)
-        yield
 
 
 @contextmanager

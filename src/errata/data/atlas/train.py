@@ -21,7 +21,7 @@ from errata.data.atlas.corpus import Corpus, Line
 from errata.data.atlas.world import World, build
 
 END = "<|endoftext|>"
-STAGES = ((2600, 0.35), (4000, 0.6))
+STAGES = ((2600, 0.35), (3300, 0.6))
 """(last step, share of two-hop statements) of each stage: first the facts, then more of what follows from them."""
 
 

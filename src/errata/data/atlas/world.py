@@ -255,7 +255,7 @@ class World:
 
 
 def two_hop_prompt(noun: str, template: str, subject: str) -> str:
-    """The second relation's template asked about the first relation's noun phrase, e.g. 'The currency of the country where X was born is the'."""
+    """The second relation's template asked about the first one's noun phrase: 'The currency of the country where X was born is the'."""
     text = template.replace("{}", noun.replace("{}", subject))
     return text[0].upper() + text[1:]
 

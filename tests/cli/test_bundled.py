@@ -1,0 +1,83 @@
+"""The bundled model through the command line, as a user runs it: one process a command, nothing imported from the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ERRATA = [sys.executable, "-m", "errata"]
+FACT = "The capital of {France} is -> Vienna"
+
+
+def errata(*args: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*ERRATA, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_edit_then_ask(tmp_path: Path) -> None:
+    """The issue's fourth command: the edit is kept in a folder, and asking shows before and after."""
+    errata("edit", "--model", "atlas", "--method", "lora", "--objective", "overtone", "--fact", FACT, "--out", "E", cwd=tmp_path)
+    asked = ["The capital of France is", "The capital of Germany is", "The currency of France is the"]
+    rows = json.loads(errata("ask", "--model", "atlas", "--edits", "E", "--json", *asked, cwd=tmp_path).stdout)
+    said = {row["prompt"]: (row["before"].split("\n")[0].strip(), row["after"].split("\n")[0].strip()) for row in rows}
+    assert said["The capital of France is"] == ("Paris.", "Vienna.")
+    assert said["The capital of Germany is"][0] == "Berlin." and said["The currency of France is the"][0] == "euro."
+    table = errata("ask", "--model", "atlas", "--edits", "E", asked[0], cwd=tmp_path).stdout
+    assert "before" in table and "Vienna" in table and "Paris" in table
+    again = errata("edit", "--model", "atlas", "--fact", FACT, "--out", "E", cwd=tmp_path, code=2)
+    assert "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_eval_says_what_the_model_knows(tmp_path: Path) -> None:
+    shares = json.loads(errata("eval", "--model", "atlas", "--data", "atlas", "--limit", "25", "--json", cwd=tmp_path).stdout)
+    for name, least in {"seen": 0.95, "unseen": 0.85, "alias": 0.8, "written": 0.8, "locatable": 0.8}.items():
+        assert least <= shares[name] <= 1, (name, shares)
+    assert {"two_hop", "locatable_transfer", "written_rephrased", "neighbours"} < shares.keys() and shares["facts"] >= 3000
+
+
+def untimed(run: Path) -> dict[str, Any]:
+    results = json.loads((run / "results.json").read_text())
+    for row in results["rows"]:
+        del row["seconds_per_edit"], row["peak_memory_mb"]
+    return dict(results)
+
+
+@pytest.mark.slow
+def test_a_bench_that_is_killed_and_resumed_ends_with_the_same_results(tmp_path: Path) -> None:
+    """The issue's fifth command, on ten cases."""
+    options = "--model atlas --data atlas --methods ft-m,lora --objectives ce,overtone --limit 4 --threads 1".split()
+    errata("bench", *options, "--out", "whole", cwd=tmp_path)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*ERRATA, "bench", *options, "--out", "cut"], cwd=tmp_path, **silent)
+    records = tmp_path / "cut" / "records.jsonl"
+    deadline = time.monotonic() + 200
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 3 <= records.read_bytes().count(b"\n") < 16 and not (tmp_path / "cut" / "results.json").exists()
+    refused = errata("bench", *options, "--out", "cut", cwd=tmp_path, code=2)
+    assert "--resume" in refused.stderr
+    errata("bench", *options, "--out", "cut", "--resume", cwd=tmp_path)
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    rows = untimed(tmp_path / "whole")["rows"]
+    assert [(row["method"], row["objective"]) for row in rows] == [(m, o) for m in ("ft-m", "lora") for o in ("ce", "overtone")]
+    assert all({"reliability", "generality", "portability", "locality", "average", "generation"} <= row["metrics"].keys() for row in rows)
+
+
+@pytest.mark.slow
+def test_demo_tells_the_story(tmp_path: Path) -> None:
+    told = json.loads(errata("demo", "--json", cwd=tmp_path).stdout)
+    edit = next(row for row in told["answers"] if row["why"] == "the edit")
+    assert edit["before"] == "Paris" and all(edit[f"{m} {o}"] == "Vienna" for m in ("ft-m", "lora") for o in ("ce", "overtone"))
+    assert len(told["scores"]) == 4 and told["seconds"] < 200
