@@ -42,7 +42,7 @@ class FT(Method):
         "llama-3-8b": {"layer": 21},
         "gpt-j-6b": {"layer": 21},
         "qwen2.5-7b": {"layer": 27},
-        "atlas": {"layer": 1, "lr": 2e-3, "steps": 25},
+        "atlas": {"layer": 4, "lr": 4e-2, "steps": 25},  # tuned on the dev cases with cross-entropy
     }
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ce": {"reduction": "mean"},
