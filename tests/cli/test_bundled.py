@@ -54,7 +54,7 @@ def untimed(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_bench_that_is_killed_and_resumed_ends_with_the_same_results(tmp_path: Path) -> None:
     """The issue's fifth command, on ten cases."""
-    options = "--model atlas --data atlas --methods ft-m,lora --objectives ce,overtone --limit 4 --threads 1".split()
+    options = ["--model", "atlas", "--data", "atlas", "--methods", "ft-m,lora", "--objectives", "ce,overtone", "--limit", "4", "--threads", "1"]
     errata("bench", *options, "--out", "whole", cwd=tmp_path)
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*ERRATA, "bench", *options, "--out", "cut"], cwd=tmp_path, **silent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.text import Text
 
 import errata
 from errata.bench.plan import Plan
+from errata.bench.run import parts
 from errata.bench.run import run as run_plan
 from errata.cli import show
 from errata.data.atlas.world import build
@@ -25,6 +27,8 @@ from errata.lm.tokens import encode
 from errata.metrics.normalise import exact
 
 ROWS = [(method, objective) for method in ("ft-m", "lora") for objective in ("ce", "overtone")]
+# The rate and steps of the OVERTONE paper, where over-fitting shows; the bundled model's own defaults are gentler.
+SETTINGS = {"lora": {"lr": 5e-3, "steps": 70}}
 FACT = Fact("The capital of {} is", "France", "Vienna", "Paris")
 SCORED = 12  # cases in the table of scores: enough to see it, few enough for a minute
 
@@ -65,12 +69,13 @@ def run(as_json: bool = False) -> None:
     said = {"before": answers(lm, prompts)}
     pushed = {}
     for method, objective in ROWS:
-        edit = errata.edit(lm, FACT, method, objective)
+        editor, loss = parts(method, objective, SETTINGS)
+        edit = errata.edit(lm, FACT, editor, loss)
         with edit.applied_():
             said[f"{method} {objective}"] = answers(lm, prompts)
             pushed[f"{method} {objective}"] = {"p": probability(lm), "steps": edit.diagnostics["steps"], "size": size(edit)}
     with tempfile.TemporaryDirectory() as folder, show.progress("measuring") as report:
-        plan = Plan("atlas", "atlas", ("ft-m", "lora"), ("ce", "overtone"), limit=SCORED, split="dev")
+        plan = Plan("atlas", "atlas", ("ft-m", "lora"), ("ce", "overtone"), limit=SCORED, split="dev", settings=SETTINGS)
         results = run_plan(plan, Path(folder) / "run", load=lambda: lm, progress=report)
     seconds = time.perf_counter() - start
     if as_json:
@@ -100,18 +105,20 @@ def size(edit: Edit) -> float:
         parts = delta.tensors()
         dense = parts["tensor"] if "tensor" in parts else parts["left"] @ parts["right"]
         squares += float(dense.double().square().sum())
-    return squares**0.5
+    return math.sqrt(squares)
 
 
 def _tell(asked: list[Question], said: dict[str, list[str]], pushed: dict[str, Any], results: dict[str, Any], seconds: float) -> None:
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
-    console.print(Text(f"\nThe fact:  {FACT}", style="bold"), Text("   (a small model that knows a small world; in it, Paris was right)\n"))
+    console.print(Text(f"\nThe fact:  {FACT}\n", style="bold"))
     drawn = Table(box=None, pad_edge=False)
-    for heading in ("asked", "", "should be", *said):
+    for heading in ("asked", "", "should be"):
         drawn.add_column(heading)
+    for heading in said:
+        drawn.add_column(heading, max_width=18, no_wrap=True, overflow="ellipsis")
     for i, question in enumerate(asked):
-        cells = [Text(said[name][i], style="" if name == "before" else _style(said[name][i], question.wanted)) for name in said]
+        cells = [_mark(said[name][i], None if name == "before" else question.wanted) for name in said]
         drawn.add_row(Text(question.prompt), Text(question.why, style="dim"), question.wanted, *cells)
     drawn.add_section()
     for what, key, form in (("p(target)", "p", ".3f"), ("steps", "steps", "d"), ("size of the change", "size", ".2f")):
@@ -119,15 +126,23 @@ def _tell(asked: list[Question], said: dict[str, list[str]], pushed: dict[str, A
     console.print(drawn)
     console.print(Text(f"\n{SCORED} other facts, each corrected alone in the unedited model:", style="bold"))
     show.table(results)
+    score = {(row["method"], row["objective"]): row["metrics"] for row in results["rows"]}
+    plain, smooth = score["lora", "ce"], score["lora", "overtone"]
     console.print(
         Text(
-            "\nWhy OVERTONE: cross-entropy (ce) pushes every target token towards probability 1 long after the model gives the right\n"
-            "answer, and the surplus is paid by what the model knew besides (Por, Loc). OVERTONE mixes into each token's target what\n"
-            f"the model itself believes, and stops each token as soon as it is close enough.   ({seconds:.0f} s)"
+            "\nWhy OVERTONE: cross-entropy (ce) goes on pushing every target token towards probability 1 when the model gives the\n"
+            "right answer long since, and the surplus is paid by what it knew besides. OVERTONE mixes into each token's target\n"
+            "what the model itself believes, and stops each token as soon as it is close enough. Here, for LoRA at the paper's\n"
+            f"rate: locality {plain['locality']:.0f} -> {smooth['locality']:.0f}, generation {plain['generation']:.0f} -> "
+            f"{smooth['generation']:.0f}.   ({seconds:.0f} s)"
         )
     )
     show.note(f'next:  errata edit --model atlas --method lora --objective overtone --fact "{FACT}" --out vienna')
 
 
-def _style(answer: str, wanted: str) -> str:
-    return "green" if exact(answer, [wanted]) else "red"
+def _mark(answer: str, wanted: str | None) -> Text:
+    """An answer, with a tick or a cross (and colour) where something was wanted."""
+    if wanted is None:
+        return Text(answer)
+    right = exact(answer, [wanted])
+    return Text(f"{'✓' if right else '✗'} {answer}", style="green" if right else "red")
