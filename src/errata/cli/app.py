@@ -175,6 +175,7 @@ def evaluate(
     if cases is None:
         from errata.bench.knowledge import measure
 
+        show.note(f"asking about the bundled world, then trying {limit or 200} edits (200 take a minute or two)")
         with made.applied_() if made else nullcontext():
             known = asdict(measure(lm, facts=limit, edits=limit or 200, split="dev" if split == "dev" else "test"))
         show.json_out(known) if as_json else show.shares(known)
