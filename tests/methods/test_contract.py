@@ -218,3 +218,44 @@ def test_defaults_follow_the_family() -> None:
     edit = errata.edit(lm, FACT, "ft-m", "overtone")
     assert edit.objective is not None and edit.objective["epsilon"] == 0.01 and edit.objective["reduction"] == "mean"
     assert edit.method["layer"] == 2 and edit.method["name"] == "ft-m"  # two thirds up in four layers
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "layer", "steps"),
+    [
+        ({"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 32000}, "llama-2-7b", 21, 70),
+        ({"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 128256}, "llama-3-8b", 21, 70),
+        (
+            {
+                "num_hidden_layers": 32,
+                "hidden_size": 4096,
+                "vocab_size": 128256,
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            "llama-3.1-8b",
+            21,
+            50,
+        ),
+        ({"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 100}, None, None, 70),
+    ],
+)
+def test_families_are_recognised_by_shape(config: dict[str, Any], expected: str | None, layer: int | None, steps: int) -> None:
+    """The shapes of real checkpoints, without their weights."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig
+
+    from errata.methods.families import family
+
+    lm: Any = SimpleNamespace(model=SimpleNamespace(config=LlamaConfig(**config)))
+    assert family(lm) == expected
+    assert methods.get("ft-m").for_model(lm).layer == layer  # type: ignore[attr-defined]
+    assert methods.get("lora").for_model(lm).steps == steps  # type: ignore[attr-defined]

@@ -22,4 +22,7 @@ def family(lm: LanguageModel) -> str | None:
     """The family's name, None for a model that no paper speaks of."""
     config = lm.model.config.get_text_config()
     shape = (config.model_type, config.num_hidden_layers, config.hidden_size)
-    return _SHAPES.get((*shape, config.vocab_size)) or _SHAPES.get((*shape, 0))
+    found = _SHAPES.get((*shape, config.vocab_size)) or _SHAPES.get((*shape, 0))
+    # Llama 3 and 3.1 have one shape; the younger one stretches its positions.
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3"
+    return "llama-3.1-8b" if found == "llama-3-8b" and stretched else found

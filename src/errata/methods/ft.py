@@ -40,6 +40,7 @@ class FT(Method):
         "": {"lr": 5e-4, "steps": 25},
         "llama-2-7b": {"layer": 21},
         "llama-3-8b": {"layer": 21},
+        "llama-3.1-8b": {"layer": 21},
         "gpt-j-6b": {"layer": 21},
         "qwen2.5-7b": {"layer": 27},
         "atlas": {"layer": 4, "lr": 4e-2, "steps": 25},  # tuned on the dev cases with cross-entropy

@@ -41,7 +41,7 @@ class LoRA(Method):
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "": {"lr": 5e-3, "steps": 70},
         "qwen2.5-7b": {"steps": 60},
-        "llama-3-8b": {"steps": 70},
+        "llama-3.1-8b": {"steps": 50},
         "atlas": {"lr": 5e-4, "steps": 50},  # tuned on the dev cases with cross-entropy; the default 5e-3 over-fits there
     }
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
