@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     made = records()
     shuffled = list(made.items())
     random.Random(1).shuffle(shuffled)
-    assert dump(summarise(PLAN, {0: CASES}, dict(shuffled), {})) == dump(summarise(PLAN, CASES, made, {}))
+    assert dump(summarise(PLAN, {0: CASES}, dict(shuffled), {})) == dump(summarise(PLAN, {0: CASES}, made, {}))
 
 
 def test_failed_cases_are_counted_and_in_no_mean() -> None:
@@ -106,3 +107,19 @@ def test_intervals_agree_with_the_normal_approximation() -> None:
 def test_a_column_of_one_value_has_no_width_however_rare() -> None:
     found = intervals([*([outcome(reliability=0.5)] * 9), outcome(reliability=0.5, portability=1.0)])
     assert found["reliability"] == [50.0, 50.0] and found["portability"] == [100.0, 100.0]
+
+
+def test_over_seeds_against_plain_means() -> None:
+    plan = replace(PLAN, seeds=(0, 1, 2), methods=("ft-m",), objectives=("ce",))
+    values = {0: [0.0, 1.0], 1: [1.0, 1.0], 2: [0.5, 0.0]}
+    made = {}
+    for row in plan.rows:
+        for case, value in zip(CASES, values[row.seed], strict=False):
+            record = next(iter(records().values())) | {"seed": row.seed, "case": case, "reliability": value, "generality": None}
+            made[key_of(row, case)] = record
+    result = summarise(plan, dict.fromkeys(range(3), CASES[:2]), made, {})
+    (over,) = result["over_seeds"]
+    assert over["seeds"] == [0, 1, 2] and over["n"] == 6 and "generality" not in over["mean"]
+    assert over["mean"]["reliability"] == pytest.approx((50 + 100 + 25) / 3, abs=1e-5)
+    assert over["deviation"]["reliability"] == pytest.approx(float(np.std([50, 100, 25], ddof=1)), abs=1e-5)
+    assert "over_seeds" not in summarise(PLAN, {0: CASES}, records(), {})

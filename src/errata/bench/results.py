@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,32 @@ def summarise(
     """The content of `results.json`: rows in the plan's order, each over its seed's cases in the data's order (not the file's)."""
     keys = {row: [key_of(row, case) for case in case_ids[row.seed]] for row in plan.rows}
     rows = [_row(plan, row, [records[key] for key in keys[row] if key in records]) for row in plan.rows]
-    return {"rows": rows, "environment": dict(environment)}
+    over = {"over_seeds": over_seeds(rows)} if len(plan.seeds) > 1 else {}
+    return {"rows": rows, **over, "environment": dict(environment)}
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Method × objective: mean and standard deviation (n - 1) over the seeds of each metric that every seed has, and of the seconds."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["objective"]), []).append(row)
+    made = []
+    for (method, objective), same in groups.items():
+        there = [name for name in same[0]["metrics"] if all(row["metrics"].get(name) is not None for row in same)]
+        values = {name: [row["metrics"][name] for row in same] for name in there}
+        seconds = [row["seconds_per_edit"] for row in same if row["seconds_per_edit"] is not None]
+        made.append(
+            {
+                "method": method,
+                "objective": objective,
+                "seeds": [row["seed"] for row in same],
+                "n": sum(row["n"] for row in same),
+                "mean": rounded({name: fmean(column) for name, column in values.items()}),
+                "deviation": rounded({name: stdev(column) for name, column in values.items()}),
+                "seconds_per_edit": fmean(seconds) if seconds else None,
+            }
+        )
+    return made
 
 
 def _row(plan: Plan, row: Row, records: Sequence[Record]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def table(results: Mapping[str, Any]) -> None:
         cells += [_figure(row["seconds_per_edit"], 2), _figure(row["peak_memory_mb"], 0)]
         drawn.add_row(*cells)
     _print(drawn)
+    if over := results.get("over_seeds"):
+        _print(_over_seeds(over, there))
     _print(
         Text(
             "Per cent ± half a 95 % bootstrap interval, measured after each edit. Rel, Gen, Por, Loc: teacher-forced token accuracy. "
@@ -57,6 +59,17 @@ def table(results: Mapping[str, Any]) -> None:
             style="dim",
         )
     )
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]], there: Sequence[str]) -> Table:
+    """Means over the seeds, with their standard deviation."""
+    drawn = Table("method", "objective", box=None, pad_edge=False, title=f"mean of {len(rows[0]['seeds'])} seeds ± standard deviation")
+    for heading in ["n", *(COLUMNS[name] for name in there), "s/edit"]:
+        drawn.add_column(heading, justify="right")
+    for row in rows:
+        figures = [f"{row['mean'][name]:.1f} ±{row['deviation'][name]:.1f}" if name in row["mean"] else _figure(None) for name in there]
+        drawn.add_row(row["method"], row["objective"], str(row["n"]), *figures, _figure(row["seconds_per_edit"], 2))
+    return drawn
 
 
 def before_and_after(rows: Sequence[Mapping[str, str]]) -> None:
