@@ -11,7 +11,7 @@ help:
 	@echo "make demo     correct one fact in the bundled model and look at everything around it"
 	@echo "make test     all tests            make lint    ruff, mypy, import directions"
 	@echo "make atlas    rebuild the bundled world and model (an hour; goes on where it was stopped)"
-	@echo "make install  the package and its tools into $(VENV)         make clean   remove what make made"
+	@echo "make install  the package and its tools into $(VENV)         make clean   remove what make made (not .atlas)"
 
 install: $(STAMP)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,6 @@ class EditCase:
     def __post_init__(self) -> None:
         if not self.facts:
             raise FactError(f"case {self.id!r} has no fact to edit")
-
-    def with_facts(self, facts: Iterable[Fact]) -> EditCase:
-        """The same case with other facts."""
-        return replace(self, facts=tuple(facts))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_dict` reads it back."""

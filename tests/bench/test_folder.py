@@ -86,3 +86,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         write_whole(path, text)
         assert path.read_text() == text
     assert [item.name for item in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_killed_before_the_plan_was_whole(tmp_path: Path) -> None:
+    """Only the draft of the plan is there: nothing was measured, so the run begins."""
+    (tmp_path / "plan.yaml.tmp").write_text("model: atl")
+    assert claim(PLAN, tmp_path, resume=True) == PLAN == claim(PLAN, tmp_path, resume=False)

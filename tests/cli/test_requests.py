@@ -41,6 +41,10 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
         (["ask", "--model", "atlas", "--edits", "no-such-folder", "Hello"], "no folder no-such-folder"),
         (["eval", "--model", "atlas", "--data", "zsrre"], "did you mean 'zsre'"),
         (["eval", "--model", "atlas", "--data", "missing.json"], "no such data file: missing.json"),
+        (["eval", "--model", "atlas", "--data", "atlas", "--split", "tets"], "did you mean 'test'"),
+        (["edit", "--model", "atlas", "--out", "E", "--fact", "a -> b", "--set", "lora.lr=1"], "settings for 'lora'"),
+        (["edit", "--model", "atlas", "--out", "E", "--fact", "a -> b", "--set", "ft-m.steps=0"], "steps must be at least 1"),
+        (["edit", "--model", "atlas", "--out", "E", "--fact", "a -> b", "--set", "ft-m.variant=l"], "no setting 'variant'"),
         (["list", "animals"], "animals"),
     ],
 )

@@ -10,10 +10,16 @@ import pytest
 from errata import data
 from errata.data import atlas
 from errata.data.atlas.corpus import Corpus
-from errata.data.atlas.relations import CHAINS, RELATIONS
+from errata.data.atlas.relations import BY_NAME, CHAINS, RELATIONS, Relation
 from errata.data.atlas.world import build, two_hop_prompt
 
 WORLD = build()
+HOPS = [(BY_NAME[first], BY_NAME[second]) for first, second in CHAINS]
+
+
+def hops(first: Relation, second: Relation, name: str) -> set[str]:
+    """All wordings of a two-hop question."""
+    return {two_hop_prompt(noun, template, name) for noun in first.nouns for template in second.templates}
 
 
 def test_the_world_is_as_large_as_promised_and_always_the_same() -> None:
@@ -53,38 +59,34 @@ def test_every_statement_keeps_two_wordings_from_the_text() -> None:
 
 def test_compositions_of_held_out_subjects_are_never_written() -> None:
     corpus = Corpus(WORLD, seed=6)
-    lines = {line.prompt for _ in range(3000) for line in corpus.document()}
-    nouns = {
-        noun.replace("{}", name)
-        for subject, entity in WORLD.entities.items()
-        if entity.kind != "country" and subject not in WORLD.composed
-        for first, _ in CHAINS
-        if (subject, first) in WORLD.statements
-        for noun in next(r for r in RELATIONS if r.name == first).nouns
-        for name in (entity.name, entity.alias)
-    }
-    # "The alma mater of X is" is a statement and also holds a noun phrase; a composition goes on with a second relation.
-    statements = {
-        template.replace("{}", name)
-        for statement in WORLD.statements.values()
-        for template in statement.relation.templates
-        for name in (statement.subject, WORLD.entities[statement.subject].alias)
-    }
-    for line in lines:
-        for noun in nouns:
-            if noun in line:
-                assert any(line.lower().endswith(statement.lower()) for statement in statements), line
+    lines = {line.prompt.lower() for _ in range(1000) for line in corpus.document()}
+    endings = {" ".join(line.split()[-n:]) for line in lines for n in range(4, 22)}
+    forbidden, allowed = set(), set()
+    for subject, entity in WORLD.entities.items():
+        if entity.kind != "country":
+            kept = allowed if subject in WORLD.composed else forbidden
+            for first, second, _ in WORLD.compositions(subject):
+                kept |= {prompt.lower() for name in (entity.name, entity.alias) for prompt in hops(first, second, name)}
+    assert len(forbidden) > 5000 and not forbidden & endings
+    assert len(allowed & endings) > 500, "the same search finds those that may be written"
 
 
 @pytest.mark.parametrize("kind", ["seen", "unseen", "alias", "two_hop"])
 def test_questions_have_the_worlds_answers(kind: atlas.Kind) -> None:
     asked = atlas.questions(kind, WORLD)
-    assert len(asked) == (len(WORLD.statements) if kind != "two_hop" else len(asked)) and len(asked) > 300
-    if kind in ("seen", "unseen"):
-        for question, statement in zip(asked, WORLD.statements.values(), strict=True):
-            allowed = statement.seen if kind == "seen" else statement.unseen
-            assert question.prompt in {statement.relation.templates[i].replace("{}", statement.subject) for i in allowed}
-            assert question.answer == statement.object
+    if kind == "two_hop":
+        subjects = {name for name, entity in WORLD.entities.items() if entity.kind != "country" and name not in WORLD.composed}
+        expected = [(name, *hop) for name in WORLD.entities if name in subjects for hop in WORLD.compositions(name)]
+        assert len(expected) > 500
+        for question, (name, first, second, answer) in zip(asked, expected, strict=True):
+            assert question.prompt in hops(first, second, name)
+            assert question.answer == answer == WORLD.object_of(WORLD.object_of(name, first.name), second.name)
+        return
+    for question, statement in zip(asked, WORLD.statements.values(), strict=True):
+        allowed = statement.seen if kind == "seen" else statement.unseen
+        name = WORLD.entities[statement.subject].alias if kind == "alias" else statement.subject
+        assert question.prompt in {statement.relation.templates[i].replace("{}", name) for i in allowed}
+        assert question.answer == statement.object
 
 
 def test_two_hop_prompt_reads_as_a_sentence() -> None:
@@ -126,6 +128,7 @@ def test_reasoning_answers_follow_from_the_new_fact() -> None:
             continue
         for probe in case.portability.get("Reasoning", ()):
             assert fact.subject in probe.prompt
-            assert probe.answers[0] in {WORLD.object_of(fact.target, r) for r in ("capital", "continent", "language", "currency")}
+            (second,) = {s.name for f, s in HOPS if probe.prompt in hops(f, s, fact.subject)}
+            assert probe.answers[0] == WORLD.object_of(fact.target, second)
             seen += 1
     assert seen > 10

@@ -301,3 +301,22 @@ def test_on_real_models(tmp_path: Path, family: str) -> None:
     assert torch.equal(twin.target_logits(batch), after)
     with pytest.raises(EditError, match="made for the model"):
         Edit.load(tmp_path / "edit", stranger)
+
+
+def test_two_language_models_around_one_model_share_its_edits() -> None:
+    from errata.lm import LanguageModel
+    from tests.families import language_model
+
+    one = language_model("llama")
+    two = LanguageModel(one.model, one.tokenizer)
+    path = one.anatomy.mlp_down[0]
+    weight = one.model.get_submodule(path).weight
+    before = weight.detach().clone()
+    draw = torch.Generator().manual_seed(0)
+    first, second = (Edit(lm, [DenseDelta(path, torch.randn(weight.shape, generator=draw))], [], {"name": "t"}) for lm in (one, two))
+    first.apply()
+    second.apply()
+    first.revert()
+    assert torch.equal(weight, before + second.deltas[0].tensors()["tensor"])
+    second.revert()
+    assert torch.equal(weight, before)

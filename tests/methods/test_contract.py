@@ -9,7 +9,7 @@ import torch
 
 import errata
 from errata import methods
-from errata.edits import Edit
+from errata.edits import Edit, EditError
 from errata.facts import Fact, FactError
 from errata.lm import LanguageModel, ModelError
 from errata.objectives import CrossEntropy, Overtone
@@ -178,7 +178,7 @@ def test_a_finished_edit_stops() -> None:
     lm = language_model("llama")
     easy = Fact("The capital of {} is", "Japan", "Paris")  # a random model cannot learn more than a token well
     made = errata.edit(lm, easy, method("ft-m", steps=200), Overtone(epsilon=2.5, reduction="mean"))
-    assert 1 < made.diagnostics["steps"] < 200
+    assert 1 <= made.diagnostics["steps"] < 200
     assert made.diagnostics["losses"][-1] == 2.5, "every token counts its threshold"
 
 
@@ -259,3 +259,37 @@ def test_families_are_recognised_by_shape(config: dict[str, Any], expected: str 
     assert family(lm) == expected
     assert methods.get("ft-m").for_model(lm).layer == layer  # type: ignore[attr-defined]
     assert methods.get("lora").for_model(lm).steps == steps  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: errata.FT(variant="z"), "variant must be 'm'"),  # type: ignore[arg-type]
+        (lambda: errata.FT(steps=0), "ft-m: steps must be at least 1"),
+        (lambda: errata.FT(lr=-1.0), "lr must be above 0"),
+        (lambda: errata.FT(variant="l", clamp=0.0), "ft-l: clamp must be above 0"),
+        (lambda: errata.LoRA(rank=0), "lora: rank must be at least 1"),
+        (lambda: errata.LoRA(dropout=1.5), "dropout must be at least 0 and at most 0.99"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_steps_are_updates_and_the_last_loss_is_the_edits_own(name: str) -> None:
+    lm = language_model("llama")
+    made = errata.edit(lm, FACT, method(name, steps=3))
+    assert made.diagnostics["steps"] == 3 and len(made.diagnostics["losses"]) == 4
+    if name != "lora":  # whose dropout, where it is on, draws again
+        with made.applied_():
+            assert made.diagnostics["losses"][-1] == pytest.approx(loss(lm, made), rel=1e-4)
+
+
+def test_a_lora_session_wants_its_earlier_edits_applied() -> None:
+    lm = language_model("llama")
+    session = method("lora", steps=2).start(lm)
+    session.edit([FACT])
+    with pytest.raises(EditError, match="is not applied"):
+        session.edit([OTHER])

@@ -33,7 +33,7 @@ def claim(plan: Plan, out: Path, resume: bool) -> Plan:
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file; --out must be a folder")
     if not (out / PLAN).exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path.name != f"{PLAN}.tmp" for path in out.iterdir()):  # killed before the plan was whole: begin
             raise PlanError(f"{out} is not empty and holds no {PLAN}; give another --out")
         return plan
     if not resume:

@@ -18,6 +18,7 @@ from errata.facts import EditCase, Fact
 from errata.lm.capture import add_to_output, capture, submodule
 from errata.lm.tokens import Batch, Encoded, encode
 from errata.methods.locate.value import Values, at_subject, find_values
+from errata.objectives import CrossEntropy
 from errata.statistics.moments import second_moments
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ Change = Callable[[Batch, slice], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """Shares between 0 and 1, and the number of facts asked for.
+    """Shares between 0 and 1; `facts` is the number of facts in the world, `edits` of the edits tried in `layer`.
 
-    seen, unseen, alias, two_hop: questions answered exactly, full stop included (see `atlas.questions`).
+    seen, unseen, alias, two_hop: questions answered exactly, the full stop behind the answer included (see `atlas.questions`).
     locatable: edits for which some δ at the subject's last token, ‖δ‖ ≤ 4‖v₀‖, 25 steps, brings p(new object) above 0.9.
     locatable_transfer: of all edits, those whose δ makes the model give the new object in another wording too.
     written, written_rephrased: edits whose one rank-one write (ROME) gives the new object on the edit prompt, and on a wording with the
@@ -48,6 +49,7 @@ class Knowledge:
     written_rephrased: float
     neighbours: float
     layer: int
+    edits: int
     facts: int
 
 
@@ -73,7 +75,7 @@ def measure(
         asked = asked if facts is None else random.Random(seed).sample(asked, min(facts, len(asked)))
         shares[kind] = _share(exact(lm, [encode(lm.tokenizer, q.prompt, f"{q.answer}.") for q in asked]))
     tried = _edits(lm, world, atlas.cases(split)[:edits], layer, lr, contexts, seed)
-    return Knowledge(**shares, **tried, layer=layer, facts=len(world.statements))
+    return Knowledge(**shares, **tried, layer=layer, edits=edits, facts=len(world.statements))
 
 
 def exact(
@@ -114,7 +116,15 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     rng = random.Random(seed)
     prefixes = ["", *(prose(rng) + " " for _ in range(contexts - 1))]
     facts = [case.facts[0] for case in cases]
-    found = find_values(lm, layer, [[encode_fact(lm, fact, prefix) for prefix in prefixes] for fact in facts], lr=lr)
+    # Summed over tokens: p > 0.9 is asked of the whole target, however many tokens it has.
+    found = find_values(
+        lm,
+        layer,
+        [[encode_fact(lm, fact, prefix) for prefix in prefixes] for fact in facts],
+        lr=lr,
+        stop=2e-2,
+        objective=CrossEntropy(reduction="sum"),
+    )
     plain = [encode_fact(lm, fact) for fact in facts]
     other = [encode_fact(lm, Fact(case.rephrases[0].prompt, fact.subject, fact.target)) for case, fact in zip(cases, facts, strict=True)]
 

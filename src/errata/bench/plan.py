@@ -183,6 +183,15 @@ def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
     return settings
 
 
+def known_split(split: str | None) -> Literal["dev", "test"]:
+    """A split of the bundled world, "test" where none is asked for. Raises PlanError for another name."""
+    if split in (None, "test"):
+        return "test"
+    if split == "dev":
+        return "dev"
+    raise PlanError(f"the bundled world has no split {split!r}{did_you_mean(split, ('dev', 'test'))}")
+
+
 def _scalar(value: Any) -> Any:
     """Text that spells a number, a truth value, nothing or a JSON list as what it spells (YAML 1.1 reads 1e-3 as text)."""
     if not isinstance(value, str):
@@ -203,7 +212,7 @@ def configure(part: T, settings: Mapping[str, Any], name: str) -> T:
     if not is_dataclass(part) or isinstance(part, type):
         raise PlanError(f"{name} has no settings")
     hints = get_type_hints(type(part))
-    own = [f.name for f in fields(part) if f.init]
+    own = [f.name for f in fields(part) if f.init and f.name != "variant"]  # a variant is a method with a name of its own
     values = {}
     for key, value in settings.items():
         if key not in own:

@@ -13,7 +13,7 @@ import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, parse_settings
+from errata.bench.plan import Plan, PlanError, known_split, parse_settings
 from errata.cli import show
 from errata.facts import Fact, read_facts
 
@@ -39,7 +39,7 @@ DataDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Where t
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME.KEY=VALUE", help="A hyper-parameter: lora.lr=1e-3, ft-m+overtone.epsilon=0.01.")
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N cases.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only N cases (bench draws them by seed).")]
 SplitOption = Annotated[str | None, typer.Option(metavar="SPLIT", help="A part of the data set: test, dev, train (default: test).")]
 
 
@@ -102,6 +102,7 @@ def edit(
     if out.exists():
         raise PlanError(f"{out} exists already; give another --out, or remove it")
     settings = parse_settings(setting or ())
+    Plan(model, "none", (method,), (objective,), settings=settings)  # refuses settings of what is not used
     _threads(threads)
     from errata.bench.run import parts
 
@@ -165,7 +166,9 @@ def evaluate(
     """Measure without editing. With --data atlas: does the model know the bundled world, and can it be edited?"""
     _folder(edits)
     cases = None
-    if data != "atlas":
+    if data == "atlas":
+        side = known_split(split)
+    else:
         from errata.data import load as load_cases
 
         cases = load_cases(data, data_dir=data_dir, limit=limit, split=split)
@@ -177,7 +180,7 @@ def evaluate(
 
         show.note(f"asking about the bundled world, then trying {limit or 200} edits (200 take a minute or two)")
         with made.applied_() if made else nullcontext():
-            known = asdict(measure(lm, facts=limit, edits=limit or 200, split="dev" if split == "dev" else "test"))
+            known = asdict(measure(lm, facts=limit, edits=limit or 200, split=side))
         show.json_out(known) if as_json else show.shares(known)
     else:
         from errata.bench.run import evaluate as evaluate_cases

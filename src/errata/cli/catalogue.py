@@ -19,7 +19,7 @@ def catalogue(kind: str) -> list[dict[str, str]]:
 def _methods() -> list[dict[str, str]]:
     from errata import methods
 
-    return [{"name": name, "what": _first_line(made := methods.get(name)), "paper": str(made.paper)} for name in methods.NAMES]
+    return [{"name": name, "what": what, "paper": str(methods.get(name).paper)} for name, (_, _, what) in methods.NAMES.items()]
 
 
 def _objectives() -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ class _Kept:
 
 
 class Stack:
-    """The active edits of one LanguageModel (`lm.edits`), in the order in which they were applied.
+    """The active edits of one model, in the order in which they were applied.
 
     A touched weight always holds  cast(((W₀ + Δ₁) + Δ₂) + …)  over the active deltas in that order, summed in float32 (float64 for
     float64 weights) and cast once. So the weights depend on the active edits alone, not on what was applied and reverted in between;
@@ -45,8 +45,8 @@ class Stack:
 
     @classmethod
     def of(cls, lm: LanguageModel) -> Stack:
-        """The stack of this model, made at first use. It lives and dies with the LanguageModel."""
-        stack: Stack = vars(lm).setdefault("edits", cls(lm))
+        """The stack of this model, made at first use. It hangs on the model itself: two LanguageModels around it share it."""
+        stack: Stack = vars(lm.model).setdefault("errata_edits", cls(lm))
         return stack
 
     def holds(self, edit: Edit) -> bool:

@@ -53,7 +53,10 @@ def load(name_or_path: str | Path, dtype: str | torch.dtype | None = None, devic
             f"{name} lacks {len(missing)} weights of a causal LM ({missing[0]} …), which would be random; load the full checkpoint"
         )
     if device != "auto":
-        model = model.to(device or _best_device())
+        try:
+            model = model.to(device or _best_device())
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise ModelError(f"{name} cannot be put on the device {str(device)!r} ({_first_line(error)}); try 'cpu'") from error
     return LanguageModel(model, tokenizer, name)
 
 
@@ -88,7 +91,7 @@ def refuse_uneditable(lm: LanguageModel, names: Iterable[str]) -> None:
 
 def _source(name: str) -> str:
     """What transformers is to load: the bundled folder, a folder, or a hub id."""
-    if name == BUNDLED and not Path(name).is_dir():
+    if name == BUNDLED:  # also beside a folder of that name, which is ./atlas
         folder = resources.files("errata") / "data" / "atlas" / "model"
         if not (folder / "config.json").is_file():
             raise ModelError(f"the bundled model {name!r} is not in this installation; install errata again, or build it with `make atlas`")

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from errata.methods.lora import LoRA as LoRA
     from errata.objectives.base import Objective
 
-NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ft-l": ("ft:FT", {"variant": "l"}),
-    "ft-m": ("ft:FT", {"variant": "m"}),
-    "lora": ("lora:LoRA", {}),
+NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ft-l": ("ft:FT", {"variant": "l"}, "Adam on one MLP down-projection, all target tokens asked of the last prompt position"),
+    "ft-m": ("ft:FT", {"variant": "m"}, "Adam on one MLP down-projection, each target token behind the ones before it"),
+    "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
 }
-"""Name on the command line and in plans -> ("module:Class", what makes it this method)."""
+"""Name on the command line and in plans -> ("module:Class", what makes it this method, what it is)."""
 
 _PUBLIC = {"FT": "ft", "LoRA": "lora", "Method": "base", "Session": "base"}
 
@@ -36,7 +36,7 @@ def get(name: str, **settings: Any) -> Method:
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=1)
         raise ValueError(f"no method is called {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(NAMES)}")
-    home, own = NAMES[name]
+    home, own, _ = NAMES[name]
     module, _, cls_name = home.partition(":")
     method: Method = getattr(import_module(f"{__name__}.{module}"), cls_name)(**{**own, **settings})
     return method

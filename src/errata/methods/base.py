@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +17,13 @@ from errata.objectives.base import Objective
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
+
+
+def check_range(owner: str, name: str, value: float | None, low: float, high: float = math.inf, above: bool = False) -> None:
+    """Raise ValueError unless a hyper-parameter is None or from `low` (`above`: greater than it) to `high`."""
+    if value is not None and not (low < value <= high if above else low <= value <= high):
+        limits = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+        raise ValueError(f"{owner}: {name} must be {limits}, got {value!r}")
 
 
 @dataclass(frozen=True)

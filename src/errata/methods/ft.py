@@ -17,7 +17,7 @@ from errata.lm.capture import add_to_output, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import from_layer, states_at
-from errata.methods.base import Method, Session
+from errata.methods.base import Method, Session, check_range
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -56,6 +56,14 @@ class FT(Method):
     lr: float | None = None
     stop: float = 1e-2
     clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("m", "l"):
+            raise ValueError(f"ft: variant must be 'm' (the target's tokens) or 'l' (the last prompt position), got {self.variant!r}")
+        check_range(self.name, "steps", self.steps, 1)
+        check_range(self.name, "lr", self.lr, 0, above=True)
+        check_range(self.name, "stop", self.stop, 0)
+        check_range(self.name, "clamp", self.clamp, 0, above=True)
 
     @property
     def name(self) -> str:  # type: ignore[override]  # the variant is part of the name
@@ -100,15 +108,15 @@ class _Tuning(Session):
                 with torch.no_grad():
                     reference = lm.target_logits(batch)
             with add_to_output(module, lambda _: seen["k"].to(change.dtype) @ change.T):
-                for _ in range(ft.steps):
+                for step in range(ft.steps + 1):
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
-                    if losses[-1] < ft.stop or bool(value.finished.all()):
+                    if step == ft.steps or losses[-1] < ft.stop or bool(value.finished.all()):
                         break
                     (change.grad,) = torch.autograd.grad(value.loss.mean(), change)
                     adam.step()
                     if ft.clamp is not None:
                         change.data.clamp_(-ft.clamp, ft.clamp)
         stored = change.detach().T.contiguous() if is_conv1d(module) else change.detach()
-        diagnostics = {"steps": len(losses), "losses": losses, "seconds": time.perf_counter() - clock}
+        diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
         return Edit(lm, [DenseDelta(path, stored)], facts, ft.to_dict(), self.record(), diagnostics)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from errata.edits.delta import LowRankDelta
 from errata.edits.edit import Edit
+from errata.edits.errors import EditError
 from errata.facts import Fact
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
-from errata.methods.base import Method, Session
+from errata.methods.base import Method, Session, check_range
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -56,6 +57,13 @@ class LoRA(Method):
     lr: float | None = None
     targets: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        check_range(self.name, "rank", self.rank, 1)
+        check_range(self.name, "alpha", self.alpha, 1)
+        check_range(self.name, "steps", self.steps, 1)
+        check_range(self.name, "lr", self.lr, 0, above=True)
+        check_range(self.name, "dropout", self.dropout, 0, 0.99)
+
     def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
         """See `Method.start`."""
         chosen = self.for_model(lm)
@@ -76,6 +84,7 @@ class _Adapting(Session):
     def __init__(self, lm: LanguageModel, method: LoRA, objective: Objective | None, seed: int) -> None:
         super().__init__(lm, method, objective, seed)
         self.adapter: dict[str, tuple[Tensor, Tensor]] = {}  # path -> A [r, in], B [out, r]; empty before the first edit
+        self.edits: list[Edit] = []
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = time.perf_counter()
@@ -94,10 +103,10 @@ class _Adapting(Session):
             with _adapted(self.lm, lora, self.adapter) as adapters:
                 parameters = [p for pair in adapters.values() for p in pair]
                 adam = torch.optim.Adam(parameters, lr=lora.lr)
-                for _ in range(lora.steps):
+                for step in range(lora.steps + 1):
                     value = self.objective.evaluate(self.lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
-                    if bool(value.finished.all()):
+                    if step == lora.steps or bool(value.finished.all()):
                         break
                     for parameter, gradient in zip(parameters, torch.autograd.grad(value.loss.mean(), parameters), strict=True):
                         parameter.grad = gradient
@@ -110,12 +119,17 @@ class _Adapting(Session):
                 old_a, old_b = self.adapter[path]
                 left, right = torch.cat([left, -scale * old_b], 1), torch.cat([right, old_a])
             deltas.append(LowRankDelta(path, left, right))
-        diagnostics = {"steps": len(losses), "losses": losses, "seconds": time.perf_counter() - clock}
+        diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
         self.adapter = trained
-        return Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
+        self.edits.append(Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics))
+        return self.edits[-1]
 
     def _without_adapter(self) -> AbstractContextManager[object]:
         """The adapter that goes on being trained is in the weights already, through the earlier edits: take it out while training."""
+        if missing := [edit for edit in self.edits if not edit.applied]:
+            raise EditError(
+                f"LoRA goes on training one adapter, but {missing[0]} of this session is not applied; apply() it, or start anew"
+            )
         if not self.adapter:
             return nullcontext()
         scale = self.method.alpha / self.method.rank

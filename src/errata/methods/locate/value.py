@@ -26,7 +26,7 @@ class Values:
 
     delta [F, d]: to be added to the down-projection's output at the subject's last token; v* = base + delta.
     base [F, d]: that output before, in the first context. keys [F, d_in]: its input, mean over the contexts.
-    probability [F]: geometric mean over tokens of p(target), first context, with delta in place.
+    probability [F]: p(target), the product over its tokens, first context, with delta in place.
     """
 
     delta: Tensor
@@ -50,9 +50,10 @@ def at_subject(lm: LanguageModel, layer: int, batch: Batch, change: Callable[[Te
 
 
 def target_probability(logits: Tensor, batch: Batch) -> Tensor:
-    """exp of the mean log-probability over the target's tokens [B]; logits [B, Tm, V]."""
-    picked = torch.log_softmax(logits.float(), -1).gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # [B, Tm]
-    return ((picked * batch.mask).sum(-1) / batch.mask.sum(-1)).exp()
+    """p(target) [B], the product over its tokens; logits [B, Tm, V]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    picked = torch.log_softmax(wide, -1).gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # [B, Tm]
+    return (picked * batch.mask).sum(-1).exp()
 
 
 def find_values(
