@@ -178,7 +178,7 @@ def evaluate(
     if cases is None:
         from errata.bench.knowledge import measure
 
-        show.note(f"asking about the bundled world, then trying {limit or 200} edits (200 take a minute or two)")
+        show.note(f"asking about the bundled world, then trying {limit or 200} edits (200 take about three minutes)")
         with made.applied_() if made else nullcontext():
             known = asdict(measure(lm, facts=limit, edits=limit or 200, split=side))
         show.json_out(known) if as_json else show.shares(known)
