@@ -39,10 +39,10 @@ def test_edit_then_ask(tmp_path: Path) -> None:
 
 
 def test_eval_says_what_the_model_knows(tmp_path: Path) -> None:
-    shares = json.loads(errata("eval", "--model", "atlas", "--data", "atlas", "--limit", "25", "--json", cwd=tmp_path).stdout)
-    for name, least in {"seen": 0.95, "unseen": 0.85, "alias": 0.8, "written": 0.8, "locatable": 0.8}.items():
-        assert least <= shares[name] <= 1, (name, shares)
-    assert {"two_hop", "locatable_transfer", "written_rephrased", "neighbours"} < shares.keys() and shares["facts"] >= 3000
+    shares = json.loads(errata("eval", "--model", "atlas", "--data", "atlas", "--limit", "10", "--json", cwd=tmp_path).stdout)
+    for name in ("seen", "unseen", "alias", "written"):  # ten of each; tests/bench/test_knowledge.py asks for all
+        assert 0.7 <= shares[name] <= 1, (name, shares)
+    assert {"two_hop", "locatable", "locatable_transfer", "written_rephrased", "neighbours"} < shares.keys() and shares["facts"] >= 3000
 
 
 def untimed(run: Path) -> dict[str, Any]:
