@@ -83,6 +83,7 @@ def test_values_refuse_ragged_contexts() -> None:
 def test_second_moments_equal_the_whole_data_computation() -> None:
     lm = language_model("llama", dtype=torch.float64)
     together = second_moments(lm, SENTENCES, [0, 2], batch_size=3)
+    assert torch.allclose(second_moments(lm, SENTENCES, [3])[3], second_moments(lm, SENTENCES, [3, 0])[3])  # the last layer too
     for layer, moment in together.items():
         rows = []
         for text in SENTENCES:
