@@ -85,7 +85,7 @@ def test_seed_of_a_case_depends_on_method_seed_and_case_only() -> None:
         ({"limit": "many"}, "limit must be a whole number"),
         ({"seeds": ["zero"]}, "seeds must be a list of int"),
         ({"method": ["ft-m"]}, "unknown field 'method'; did you mean 'methods'"),
-        ({"settings": {"lorra": {"lr": 1.0}}}, "settings for 'lorra', which the plan does not run; did you mean 'lora'"),
+        ({"settings": {"lorra": {"lr": 1.0}}}, "settings for 'lorra', which is not used here; did you mean 'lora'"),
         ({"settings": ["lora.lr=1"]}, "settings must be a mapping"),
     ],
 )

@@ -30,7 +30,7 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
         ([*BENCH, "--limit", "0"], "--limit"),
         ([*BENCH, "--seed", "one"], "--seed must be whole numbers"),
         ([*BENCH, "--set", "lr=1"], "write it as method.name=value"),
-        ([*BENCH, "--set", "lora.lr=1"], "settings for 'lora', which the plan does not run"),
+        ([*BENCH, "--set", "lora.lr=1"], "settings for 'lora', which is not used here"),
         ([*BENCH, "--resume"], "--resume needs --out"),
         (["bench", "no-such-plan.yaml"], "no-such-plan.yaml: No such file"),
         (["edit", "--model", "atlas", "--out", "E"], "nothing to edit"),

@@ -88,10 +88,7 @@ class Plan:
             raise PlanError(f"unknown protocol {self.protocol!r}; there is {', '.join(PROTOCOLS)}")
         if self.limit is not None and self.limit < 1:
             raise PlanError(f"limit must be at least 1 (got {self.limit}); leave it out for all cases")
-        known = [*self.methods, *self.objectives, *(f"{m}+{o}" for m, o in product(self.methods, self.objectives))]
-        for name in self.settings:
-            if name not in known:
-                raise PlanError(f"settings for {name!r}, which the plan does not run{did_you_mean(name, known)}")
+        check_owners(self.settings, self.methods, self.objectives)
 
     @property
     def rows(self) -> list[Row]:
@@ -181,6 +178,15 @@ def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
             raise PlanError(f"cannot read the setting {item!r}; write it as method.name=value, for instance lora.lr=1e-3")
         settings.setdefault(owner, {})[name] = _scalar(text.strip())
     return settings
+
+
+def check_owners(settings: Settings, methods: Iterable[str], objectives: Iterable[str]) -> None:
+    """Raise PlanError for settings of a method, an objective or a pair of them that is not used: they would change nothing."""
+    methods, objectives = list(methods), list(objectives)
+    known = [*methods, *objectives, *(f"{m}+{o}" for m, o in product(methods, objectives))]
+    for name in settings:
+        if name not in known:
+            raise PlanError(f"settings for {name!r}, which is not used here{did_you_mean(name, known)}")
 
 
 def known_split(split: str | None) -> Literal["dev", "test"]:

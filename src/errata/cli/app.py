@@ -13,7 +13,7 @@ import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, known_split, parse_settings
+from errata.bench.plan import Plan, PlanError, check_owners, known_split, parse_settings
 from errata.cli import show
 from errata.facts import Fact, read_facts
 
@@ -102,7 +102,7 @@ def edit(
     if out.exists():
         raise PlanError(f"{out} exists already; give another --out, or remove it")
     settings = parse_settings(setting or ())
-    Plan(model, "none", (method,), (objective,), settings=settings)  # refuses settings of what is not used
+    check_owners(settings, [method], [objective])
     _threads(threads)
     from errata.bench.run import parts
 
