@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from errata.edits import DenseDelta, Edit, EditError, LowRankDelta
+from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement, Stack
 from errata.edits.edit import RECORD, TENSORS
 from errata.facts import Fact
 from errata.lm import ModelError, encode
@@ -320,3 +322,131 @@ def test_two_language_models_around_one_model_share_its_edits() -> None:
     assert torch.equal(weight, before + second.deltas[0].tensors()["tensor"])
     second.revert()
     assert torch.equal(weight, before)
+
+
+WIDTHS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def running_sums(lm: Any, edits: list[Edit]) -> dict[str, Tensor]:
+    """What `apply` of each in turn leaves, on a model of its own."""
+    for edit in edits:
+        Edit(lm, edit.deltas, edit.facts, {}).apply()
+    return weights(lm)
+
+
+@settings(max_examples=40, deadline=None)
+@given(dtype=st.sampled_from(WIDTHS), seed=st.integers(0, 1000), steps=st.lists(st.booleans(), min_size=1, max_size=8))
+def test_folding_changes_no_bit_now_or_later(dtype: torch.dtype, seed: int, steps: list[bool]) -> None:
+    """Each step applies an edit and may fold: the weights are those of a model that never folded."""
+    lm, never = make_lm(dtype), make_lm(dtype)
+    base, stack = weights(lm), Stack.of(lm)
+    edits: list[Edit] = []
+    for i, fold in enumerate(steps):
+        edits.append(make_edit(lm, seed + i))
+        edits[-1].apply()
+        if fold:
+            stack.fold()
+            assert len(stack.active) == 1
+        assert_same(weights(lm), running_sums(never, edits[-1:]))
+        assert all(edit.applied for edit in edits)
+    last = make_edit(lm, seed + 99)
+    before = weights(lm)
+    with last.applied_():  # reverting builds the sum again, from the fold on
+        pass
+    assert_same(weights(lm), before)
+    with stack.aside_():
+        assert_same(weights(lm), base)
+    assert_same(weights(lm), before)
+    stack.clear()
+    assert_same(weights(lm), base)
+    assert not any(edit.applied for edit in edits) and stack.touched == [] == stack.active
+
+
+@pytest.mark.parametrize("dtype", WIDTHS[:2])
+def test_a_folded_sequence_goes_on_from_its_folder(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What a snapshot does: fold, save, load into a fresh model, apply; what comes after is the same to the last bit."""
+    lm, fresh = make_lm(dtype), make_lm(dtype)
+    for seed in range(4):
+        make_edit(lm, seed).apply()
+    folded = Stack.of(lm).fold()
+    assert all(isinstance(delta, Replacement) for delta in folded.deltas)
+    assert {delta.tensor.dtype for delta in folded.deltas} == {torch.float32}
+    folded.save(tmp_path / "folded")
+    Edit.load(tmp_path / "folded", fresh).apply()
+    assert_same(weights(fresh), weights(lm))
+    for model in (lm, fresh):
+        make_edit(model, 7).apply()
+    assert_same(weights(fresh), weights(lm))
+
+
+def test_folded_edits_leave_together_or_not_at_all() -> None:
+    lm = make_lm()
+    base, stack = weights(lm), Stack.of(lm)
+    one, two = make_edit(lm, 0), make_edit(lm, 1)
+    one.apply()
+    two.apply()
+    folded = stack.fold()
+    later = Edit(lm, [DenseDelta("a", torch.ones(OUT, IN))], [FACT], {})
+    later.apply()
+    with pytest.raises(EditError, match="folded with others"):
+        one.revert()
+    with pytest.raises(EditError, match="applied already"):
+        two.apply()
+    folded.revert()
+    assert not one.applied and not two.applied and later.applied
+    assert_same(weights(lm), base | {"a.weight": base["a.weight"] + 1})
+
+
+def test_folding_keeps_no_edit_alive() -> None:
+    lm = make_lm()
+    edit = make_edit(lm)
+    edit.apply()
+    gone = weakref.ref(edit)
+    Stack.of(lm).fold()
+    del edit
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_comes_or_goes_while_edits_are_aside() -> None:
+    lm = make_lm(torch.bfloat16)
+    edit, stack = make_edit(lm), Stack.of(lm)
+    edit.apply()
+    before = weights(lm)
+    with pytest.raises(RuntimeError, match="inside"), stack.aside_():
+        assert edit.applied
+        for forbidden in (edit.revert, make_edit(lm, 1).apply, stack.fold, stack.clear):
+            with pytest.raises(EditError, match="set aside"):
+                forbidden()
+        raise RuntimeError("inside")
+    assert_same(weights(lm), before)
+
+
+def test_a_replacement_wipes_what_was_there(tmp_path: Path) -> None:
+    lm = make_lm(torch.bfloat16)
+    wanted = torch.randn(IN, OUT)
+    base = weights(lm)
+    noise = Edit(lm, [DenseDelta("conv", torch.full((IN, OUT), torch.nan))], [FACT], {})
+    noise.apply()
+    with Edit(lm, [Replacement("conv", wanted)], [FACT], {}).applied_():
+        assert torch.equal(lm.model["conv"].weight, wanted.bfloat16())
+    assert lm.model["conv"].weight.isnan().all()
+    noise.revert()
+    assert_same(weights(lm), base)
+    with pytest.raises(EditError, match="replacement delta for 'a'"):
+        Edit(lm, [Replacement("a", wanted)], [FACT], {}).apply()
+
+
+def test_keys_travel_with_the_edit(tmp_path: Path) -> None:
+    lm = make_lm()
+    keys = {"b": torch.randn(3, IN, dtype=torch.float64), "conv": torch.randn(1, IN)}
+    make_edit(lm, keys=keys).save(tmp_path / "edit")
+    loaded = Edit.load(tmp_path / "edit", lm)
+    assert list(loaded.keys) == list(keys) and all(torch.equal(loaded.keys[path], keys[path]) for path in keys)
+    assert loaded.keys["b"].dtype == torch.float64 and make_edit(lm).keys == {}
+    record = json.loads((tmp_path / "edit" / RECORD).read_text())
+    del record["keys"]  # an edit of before there were any
+    (tmp_path / "edit" / RECORD).write_text(json.dumps(record))
+    assert Edit.load(tmp_path / "edit", lm).keys == {}
+    with pytest.raises(EditError, match="keys for 'a' must be a floating-point matrix"):
+        make_edit(lm, keys={"a": torch.zeros(IN)})

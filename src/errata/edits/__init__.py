@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from errata.edits.delta import Delta, DenseDelta, LowRankDelta
+from errata.edits.delta import Delta, DenseDelta, LowRankDelta, Replacement
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.stack import Stack
 
-__all__ = ["Delta", "DenseDelta", "Edit", "EditError", "LowRankDelta", "Stack"]
+__all__ = ["Delta", "DenseDelta", "Edit", "EditError", "LowRankDelta", "Replacement", "Stack"]

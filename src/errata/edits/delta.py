@@ -1,6 +1,6 @@
-"""What an edit adds to one weight matrix.
+"""What an edit does to one weight matrix.
 
-`path` is the path of a module ("model.layers.3.mlp.down_proj"); the delta is added to that module's `weight`. It does not know the
+`path` is the path of a module ("model.layers.3.mlp.down_proj"); the delta changes that module's `weight`. It does not know the
 model: whether the module stores its weight transposed (Conv1D) is said by the caller.
 """
 
@@ -24,7 +24,7 @@ class DenseDelta:
     tensor: Tensor
 
     def __post_init__(self) -> None:
-        _check(self.path, tensor=self.tensor)
+        check_matrix(self.path, tensor=self.tensor)
 
     def stored_shape(self, transposed: bool) -> tuple[int, ...]:
         """The shape that the module's weight must have."""
@@ -52,7 +52,7 @@ class LowRankDelta:
     right: Tensor
 
     def __post_init__(self) -> None:
-        _check(self.path, left=self.left, right=self.right)
+        check_matrix(self.path, left=self.left, right=self.right)
         if self.left.shape[1] != self.right.shape[0]:
             shapes = f"{list(self.left.shape)} and {list(self.right.shape)}"
             raise EditError(f"low-rank delta for {self.path!r}: left must be [out, r] and right [r, in] with one r, got {shapes}")
@@ -77,18 +77,49 @@ class LowRankDelta:
         return {"left": self.left, "right": self.right}
 
 
-Delta = DenseDelta | LowRankDelta
-KINDS: dict[str, type[DenseDelta] | type[LowRankDelta]] = {"dense": DenseDelta, "low_rank": LowRankDelta}
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement:
+    """W ← tensor, whatever was there before: what many edits in a row have come to (`Stack.fold`).
+
+    tensor: in the orientation in which the module stores its weight, in the precision in which deltas are summed (`master_dtype`),
+    so that the edits that follow go on from the very sum.
+    """
+
+    kind: ClassVar[str] = "replacement"
+    path: str
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        check_matrix(self.path, tensor=self.tensor)
+
+    def stored_shape(self, transposed: bool) -> tuple[int, ...]:
+        """The shape that the module's weight must have."""
+        return tuple(self.tensor.shape)
+
+    def add_(self, total: Tensor, transposed: bool) -> None:
+        """Overwrite `total`, the weight as stored, in the dtype and on the device of `total`."""
+        total.copy_(self.tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {"tensor": self.tensor}
 
 
-def _check(path: str, **tensors: Tensor) -> None:
+Delta = DenseDelta | LowRankDelta | Replacement
+KINDS: dict[str, type[DenseDelta] | type[LowRankDelta] | type[Replacement]] = {
+    kind.kind: kind for kind in (DenseDelta, LowRankDelta, Replacement)
+}
+
+
+def check_matrix(path: str, **tensors: Tensor) -> None:
+    """Raise EditError unless `path` names a module and each tensor is a floating-point matrix without a graph."""
     if path.endswith(".weight"):
         raise EditError(f"a delta names a module, not its parameter: write {path.removesuffix('.weight')!r} for {path!r}")
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise EditError(f"{name} of the delta for {path!r} must be a floating-point matrix, got {tensor.dtype} {list(tensor.shape)}")
+            raise EditError(f"{name} for {path!r} must be a floating-point matrix, got {tensor.dtype} {list(tensor.shape)}")
         if tensor.requires_grad:
-            raise EditError(f"{name} of the delta for {path!r} still carries a graph; detach() it")
+            raise EditError(f"{name} for {path!r} still carries a graph; detach() it")
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from errata.edits.delta import KINDS, Delta
+from errata.edits.delta import KINDS, Delta, check_matrix
 from errata.edits.errors import EditError
 from errata.edits.stack import Stack
 from errata.facts import Fact
@@ -31,10 +32,13 @@ class Edit:
     """What an editor leaves behind. Making it does not change the model; `apply` and `revert` do, exactly.
 
     lm: the model it was made for, named in `lm_fingerprint`.
-    deltas: what is added to which weight.
+    deltas: what is done to which weight, in this order.
     facts: what it is to make true.
     method, objective: name and hyper-parameters, ready for JSON; objective is None where nothing was optimised.
     diagnostics: steps, losses, seconds by stage …, ready for JSON.
+    keys: path -> the keys [F, d_in] that it was solved with, one of each fact; empty for methods that use none.
+
+    Raises EditError if a key tensor is no floating-point matrix, or still carries a graph.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Edit:
         method: Mapping[str, Any],
         objective: Mapping[str, Any] | None = None,
         diagnostics: Mapping[str, Any] | None = None,
+        keys: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.lm = lm
         self.lm_fingerprint: str = lm.fingerprint  # taken before any edit can have changed the weights
@@ -53,6 +58,9 @@ class Edit:
         self.method = dict(method)
         self.objective = None if objective is None else dict(objective)
         self.diagnostics = dict(diagnostics or {})
+        self.keys = dict(keys or {})
+        for path, tensor in self.keys.items():
+            check_matrix(path, keys=tensor)
 
     def __repr__(self) -> str:
         more = f" and {len(self.facts) - 1} more" if len(self.facts) > 1 else ""
@@ -98,6 +106,7 @@ class Edit:
             draft = Path(scratch) / "edit"
             draft.mkdir()
             tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
+            tensors |= {f"keys.{i}": tensor for i, tensor in enumerate(self.keys.values())}
             # cloned, because safetensors refuses tensors that share memory
             save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, draft / TENSORS)
             record = {
@@ -108,6 +117,7 @@ class Edit:
                 "objective": self.objective,
                 "diagnostics": self.diagnostics,
                 "deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas],
+                "keys": list(self.keys),
                 "sha256": _sha256(draft / TENSORS),
             }
             try:
@@ -135,6 +145,7 @@ class Edit:
                 facts = [Fact.from_dict(fact) for fact in record["facts"]]
                 method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
                 objective = None if record["objective"] is None else dict(record["objective"])
+                key_paths = [str(module) for module in record.get("keys", [])]
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this shape
             raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
         if newer:
@@ -152,9 +163,10 @@ class Edit:
             for i, (kind, module) in enumerate(parts):
                 prefix = f"{i}."
                 deltas.append(kind(module, **{key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}))
-        except (SafetensorError, TypeError, EditError) as error:
-            raise EditError(f"{tensor_path} does not hold the deltas that {RECORD} names ({error}); save the edit again") from error
-        return cls(lm, deltas, facts, method, objective, diagnostics)
+            keys = {module: tensors[f"keys.{i}"] for i, module in enumerate(key_paths)}
+        except (SafetensorError, KeyError, TypeError, EditError) as error:
+            raise EditError(f"{tensor_path} does not hold what {RECORD} names ({error}); save the edit again") from error
+        return cls(lm, deltas, facts, method, objective, diagnostics, keys)
 
 
 def _sha256(path: Path) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from errata.edits.delta import master_dtype
+from errata.edits.delta import Replacement, master_dtype
 from errata.edits.errors import EditError
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
@@ -35,12 +36,14 @@ class Stack:
     A touched weight always holds  cast(((W₀ + Δ₁) + Δ₂) + …)  over the active deltas in that order, summed in float32 (float64 for
     float64 weights) and cast once. So the weights depend on the active edits alone, not on what was applied and reverted in between;
     applying costs one addition, reverting a sum over the active deltas of the same matrices. Only touched matrices are kept, and only
-    as long as an edit touches them.
+    as long as an edit touches them. A long sequence is folded from time to time, so that it needs no more memory than one edit.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
         self._kept: dict[str, _Kept] = {}
+        self._folded: WeakSet[Edit] = WeakSet()  # known as long as somebody asks for them; their deltas are in the base edit
+        self._aside = False
         self.active: list[Edit] = []
 
     @classmethod
@@ -49,9 +52,14 @@ class Stack:
         stack: Stack = vars(lm.model).setdefault("errata_edits", cls(lm))
         return stack
 
+    @property
+    def touched(self) -> list[str]:
+        """Paths of the modules whose weights active edits have changed, in alphabetical order."""
+        return sorted(self._kept)
+
     def holds(self, edit: Edit) -> bool:
-        """Whether this very edit is active."""
-        return any(edit is other for other in self.active)
+        """Whether this very edit is active, by itself or folded into the base edit."""
+        return edit in self._folded or any(edit is other for other in self.active)
 
     @torch.no_grad()
     def apply(self, edit: Edit) -> None:
@@ -59,6 +67,7 @@ class Stack:
 
         Raises EditError if it is active already or does not fit, ModelError if a weight cannot be written to; then nothing changed.
         """
+        self._refuse_aside()
         if self.holds(edit):
             raise EditError(f"{edit} is applied already; revert() it first")
         paths = self._checked(edit)
@@ -77,12 +86,67 @@ class Stack:
     def revert(self, edit: Edit) -> None:
         """Take the edit away; the weights are then those of the other active edits alone, bit for bit.
 
-        Raises EditError if it is not active.
+        Raises EditError if it is not active, or cannot be told from the edits it was folded with.
         """
+        self._refuse_aside()
         if not self.holds(edit):
             raise EditError(f"{edit} is not applied; apply() it first")
+        if edit in self._folded:
+            raise EditError(f"{edit} was folded with others into {self.active[0]}; revert() that one, which takes all of them out")
+        if self._folded and edit is self.active[0]:
+            self._folded.clear()
         self.active = [other for other in self.active if other is not edit]
         self._rebuild(_paths(edit))
+
+    @torch.no_grad()
+    def fold(self) -> Edit:
+        """Make the active edits one: a base edit that replaces each touched weight by their sum. The weights stay as they are.
+
+        The folded edits still count as applied, but only the base edit can be reverted, and all of them with it.
+        Memory is that of one edit again, as soon as nobody else keeps the folded ones.
+        """
+        from errata.edits.edit import Edit
+
+        self._refuse_aside()
+        # The fingerprint of an edit's own model was taken before any edit; `self._lm` may not have been asked for its one yet.
+        lm = self.active[0].lm if self.active else self._lm
+        deltas = [Replacement(path, self._sum(path).clone()) for path in self.touched]
+        base = Edit(lm, deltas, [fact for edit in self.active for fact in edit.facts], {"name": "folded"})
+        for edit in self.active:
+            self._folded.add(edit)
+        self.active = [base]
+        return base
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Take every edit out in one step: the originals, bit for bit."""
+        self._refuse_aside()
+        for path, kept in self._kept.items():
+            self._weight(path).copy_(kept.original)
+        self._kept.clear()
+        self._folded.clear()
+        self.active = []
+
+    @contextmanager
+    def aside_(self) -> Iterator[None]:
+        """The unedited weights while it lasts, then the edited ones again, bit for bit. Edits stay as they are: none may come or go."""
+        self._refuse_aside()
+        edited = {path: self._weight(path).clone() for path, kept in self._kept.items() if kept.master is None}
+        self._aside = True
+        try:
+            with torch.no_grad():
+                for path, kept in self._kept.items():
+                    self._weight(path).copy_(kept.original)
+            yield
+        finally:
+            with torch.no_grad():
+                for path in self._kept:
+                    self._weight(path).copy_(edited[path] if path in edited else self._sum(path))
+            self._aside = False
+
+    def _refuse_aside(self) -> None:
+        if self._aside:
+            raise EditError("the edits are set aside for the moment; leave `aside_()` before anything is applied, reverted or folded")
 
     def _checked(self, edit: Edit) -> list[str]:
         paths = _paths(edit)
@@ -120,6 +184,11 @@ class Stack:
                     delta.add_(weight if master is None else master, transposed)
         if master is not None:
             weight.copy_(master)
+
+    def _sum(self, path: str) -> Tensor:
+        """The weight before it is cast; itself, where nothing is."""
+        master = self._kept[path].master
+        return self._weight(path) if master is None else master
 
     def _weight(self, path: str) -> Tensor:
         weight: nn.Parameter = self._module(path).weight  # type: ignore[assignment]  # refuse_uneditable has seen it

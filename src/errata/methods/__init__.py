@@ -58,7 +58,7 @@ def edit(
     listed = [facts] if isinstance(facts, Fact | str) else list(facts)
     editor = get(method) if isinstance(method, str) else method
     loss = editor.objective(objective) if isinstance(objective, str) else objective
-    return editor.start(lm, objective=loss, seed=seed).edit([Fact.parse(fact) if isinstance(fact, str) else fact for fact in listed])
+    return editor.start(lm, objective=loss, seed=seed).complete([Fact.parse(fact) if isinstance(fact, str) else fact for fact in listed])
 
 
 def __getattr__(name: str) -> Any:

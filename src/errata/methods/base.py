@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from errata.edits.delta import Delta
 from errata.edits.edit import Edit
 from errata.facts import Fact, FactError
 from errata.lm.tokens import Encoded, encode
@@ -83,6 +84,19 @@ class Session(ABC):
 
     @abstractmethod
     def _edit(self, facts: list[Fact]) -> Edit: ...
+
+    def finish(self) -> list[Delta]:
+        """What the method does once, at the end of a sequence (PRUNE), with the session's edits in the model; changes nothing itself."""
+        return []
+
+    def complete(self, facts: Sequence[Fact]) -> Edit:
+        """A sequence of one: `edit`, and what `finish` adds to it, as one edit. Raises what `edit` raises."""
+        edit = self.edit(facts)
+        with edit.applied_():
+            last = self.finish()
+        if not last:
+            return edit
+        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys)
 
     def state_dict(self) -> dict[str, Any]:
         """What must be kept for the sequence to go on as if it had not stopped."""
