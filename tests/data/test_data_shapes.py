@@ -113,11 +113,16 @@ def test_the_original_counterfact(tmp_path: Path) -> None:
     assert case.meta == {"relation": "P551", "generation_prompts": ["Ada's neighbours are"]}
 
 
-def test_flat_counterfact_pools_neighbours_that_share_template_and_answer(tmp_path: Path) -> None:
-    def flat(number: int, subject: str, truth: str, neighbour: str, prompt: str = "{} lives in") -> dict[str, Any]:
-        edit = {"case_id": number, "subject": subject, "prompt": prompt.replace("{}", subject), "target_new": "Rome", "ground_truth": truth}
-        return edit | {"locality_prompt": neighbour, "locality_ground_truth": truth, "rephrase_prompt": "x"}
+def flat(number: int, subject: str, truth: str, neighbour: str, prompt: str = "{} lives in") -> dict[str, Any]:
+    edit = {"case_id": number, "subject": subject, "prompt": prompt.replace("{}", subject), "target_new": "Rome", "ground_truth": truth}
+    return edit | {"locality_prompt": neighbour, "locality_ground_truth": truth, "rephrase_prompt": "x"}
 
+
+def neighbours(folder: Path, records: list[dict[str, Any]]) -> list[list[str]]:
+    return [[probe.prompt for probe in case.neighbourhood] for case in data.load(write(folder, records))]
+
+
+def test_flat_counterfact_pools_neighbours_that_share_template_and_answer(tmp_path: Path) -> None:
     records = [
         flat(0, "Ada", "Oslo", "Bo lives in"),
         flat(1, "Eve", "Bonn", "Cy lives in"),  # another answer
@@ -126,8 +131,7 @@ def test_flat_counterfact_pools_neighbours_that_share_template_and_answer(tmp_pa
         flat(4, "Ivy", "Oslo", "Jo lives in"),
         flat(5, "Kim", "Oslo", "Bo lives in"),  # a repetition
     ]
-    cases = data.load(write(tmp_path, records))
-    assert [[probe.prompt for probe in case.neighbourhood] for case in cases] == [
+    assert neighbours(tmp_path, records) == [
         ["Bo lives in", "Jo lives in"],
         ["Cy lives in"],
         ["Gus works in"],
@@ -135,10 +139,26 @@ def test_flat_counterfact_pools_neighbours_that_share_template_and_answer(tmp_pa
         ["Jo lives in", "Bo lives in", "ADA's house is in"],
         ["Bo lives in", "ADA's house is in", "Jo lives in"],
     ]
-    assert cases[0].locality == {"neighbourhood": (Probe("Bo lives in", ("Oslo",)),)}  # its own neighbour only
+    assert data.load(tmp_path / "set.json")[0].locality == {"neighbourhood": (Probe("Bo lives in", ("Oslo",)),)}  # its own neighbour only
     many = data.load(write(tmp_path, [flat(i, f"S{i}.", "Oslo", f"N{i} lives in") for i in range(30)]))
     assert [probe.prompt for probe in many[25].neighbourhood] == [f"N{i % 30} lives in" for i in range(25, 35)]
     assert data.load(tmp_path / "set.json", limit=3) == many[:3]  # the pool is the whole file's, whatever is taken of it
+
+
+def test_a_neighbour_may_be_worded_as_the_edit_or_as_the_records_own_neighbour(tmp_path: Path) -> None:
+    records = [
+        flat(0, "Ada", "Oslo", "In Oslo, there is Bo, who is at home in", "{} lives in"),  # one relation in two wordings …
+        flat(1, "Eve", "Oslo", "Cy dwells in", "In Oslo, there is {}, who is at home in"),  # … of which this shares one …
+        flat(2, "Fay", "Oslo", "Gus dwells in", "{} dwells in"),  # … and this only what the second has besides
+        flat(3, "Hal", "Oslo", "Ivy, who is at home in", "{}, who is at home in"),  # ends like the first, but asks in other words
+    ]
+    bo, cy, gus, ivy = (record["locality_prompt"] for record in records)
+    assert neighbours(tmp_path, records) == [[bo, cy], [cy, gus, bo], [gus, cy], [ivy]]
+
+
+@pytest.mark.parametrize(("subject", "neighbour", "kept"), [("Egypt", "The Kingdom of egypt", False), ("euro", "Plaza de Europa", True)])
+def test_a_neighbour_speaks_of_the_subject_in_whole_words_only(tmp_path: Path, subject: str, neighbour: str, kept: bool) -> None:
+    assert neighbours(tmp_path, [flat(0, subject, "Cairo", f"{neighbour} has")]) == [[f"{neighbour} has"] if kept else []]
 
 
 def test_zsre_of_mend_with_and_without_its_parts(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ Flat: `prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prom
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from errata.data.fields import Record
-from errata.facts import EditCase, Probe
+from errata.facts import SLOT, EditCase, Probe
 
 NEIGHBOURS = 10
 """Neighbourhood prompts a case, as in the original data set."""
@@ -57,32 +58,73 @@ def recognises_flat(record: Mapping[str, Any]) -> bool:
 
 
 def flat_cases(records: Sequence[Record]) -> Iterator[EditCase]:
-    """One case a record, its neighbourhood pooled over *all* records given (whatever number of cases is taken afterwards)."""
-    pools = pool_neighbours(records)
-    for record in records:
+    """One case a record, its neighbourhood pooled over *all* records given (whatever number of cases is taken afterwards).
+
+    The form does not name relations, but a record's edit prompt and its locality prompt ask about the same one, in two wordings
+    (templates). So a neighbour is the locality prompt of a record with the same old answer and one of these two wordings. It is not
+    followed any further: what two records share with a third may be a wording of several relations ("{}, from").
+    """
+    rows = [_Row.of(record) for record in records]
+    wordings = _Wordings(row.template for row in rows if row)
+    pools: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # (template, answer) -> neighbour -> number of its first record
+    for record, row in zip(records, rows, strict=True):
+        for template in wordings.of(row):
+            pools[template, row.answer].setdefault(row.neighbour, record.number)  # type: ignore[union-attr]  # no row, no wordings
+    for record, row in zip(records, rows, strict=True):
         case = record.case(record.fact(), flat_locality="neighbourhood")
         fact = case.facts[0]
-        pool = pools.get((_template(fact.prompt, fact.subject), fact.ground_truth or ""), {})
-        own = case.locality["neighbourhood"][0].prompt if "neighbourhood" in case.locality else ""
+        pool: dict[str, int] = {}
+        for template in wordings.of(row) or (_template(fact.prompt, fact.subject),):
+            pool = pools.get((template, fact.ground_truth or ""), {}) | pool
+        own = row.neighbour if row else ""
         yield replace(case, neighbourhood=_pick(pool, record.number, own, fact.subject, fact.ground_truth))
 
 
-def pool_neighbours(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, int]]:
-    """Locality prompts by (template of the record's edit prompt, answer): prompt -> number of the first record that has it.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What pooling needs of a record: the template of its edit prompt, its locality prompt and that one's answer."""
 
-    Records that lack one of the fields add nothing here; reading them as a case says what is wrong.
-    """
-    pools: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for record in records:
+    template: str
+    neighbour: str
+    answer: str
+
+    @classmethod
+    def of(cls, record: Record) -> _Row | None:
+        """None where one of the fields is missing: it adds nothing to the pools, and reading it as a case says what is wrong."""
         fields = [record.raw.get(name) for name in ("prompt", "subject", "locality_prompt", "locality_ground_truth")]
-        if all(isinstance(value, str) and value.strip() for value in fields):
-            prompt, subject, neighbour, answer = (str(value).strip() for value in fields)
-            pools[_template(prompt, subject), answer].setdefault(neighbour, record.number)
-    return pools
+        if not all(isinstance(value, str) and value.strip() for value in fields):
+            return None
+        prompt, subject, neighbour, answer = (str(value).strip() for value in fields)
+        return cls(_template(prompt, subject), neighbour, answer)
+
+
+class _Wordings:
+    """The templates of a file's edit prompts, and which of them a locality prompt, whose subject is not given, is worded in."""
+
+    def __init__(self, templates: Iterable[str]) -> None:
+        self._by_last_word: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+        for template in sorted(set(templates), key=lambda template: (-len(template), template)):  # the longest that fits says most
+            before, slot, after = template.partition(SLOT)
+            if slot and after.strip():
+                self._by_last_word[_last_word(after)].append((before, after, template))
+
+    def of(self, row: _Row | None) -> tuple[str, ...]:
+        """The record's one or two templates: of its edit prompt, and of its locality prompt where it is one of the file's."""
+        if row is None:
+            return ()
+        text = row.neighbour
+        for before, after, template in self._by_last_word.get(_last_word(text), ()):
+            if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
+                return tuple(dict.fromkeys((row.template, template)))
+        return (row.template,)
 
 
 def _template(prompt: str, subject: str) -> str:
-    return prompt.replace(subject, "{}", 1) if subject else prompt
+    return prompt.replace(subject, SLOT, 1) if subject else prompt
+
+
+def _last_word(text: str) -> str:
+    return text.split()[-1]
 
 
 def _pick(pool: Mapping[str, int], number: int, own: str, subject: str, truth: str | None) -> tuple[Probe, ...]:
@@ -93,7 +135,12 @@ def _pick(pool: Mapping[str, int], number: int, own: str, subject: str, truth: s
     """
     if truth is None:
         return ()
-    about = subject.casefold()
-    allowed = [(prompt, place) for prompt, place in pool.items() if not about or about not in prompt.casefold()]
+    allowed = [(prompt, place) for prompt, place in pool.items() if not _speaks_of(prompt, subject)]
     others = sorted((prompt != own, place < number, place, prompt) for prompt, place in allowed)
     return tuple(Probe(prompt, (truth,)) for *_, prompt in others[:NEIGHBOURS])
+
+
+def _speaks_of(prompt: str, subject: str) -> bool:
+    """Does the subject stand in the prompt, in whole words? Kingdom of Egypt speaks of Egypt, Plaza de Europa not of the euro."""
+    about, text = subject.casefold(), prompt.casefold()
+    return bool(about) and about in text and re.search(rf"(?<!\w){re.escape(about)}(?!\w)", text) is not None
