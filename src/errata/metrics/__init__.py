@@ -1,7 +1,8 @@
 """Measuring an edit: functions of a language model and cases that know nothing of the method.
 
-`teacher_forced` (token accuracy: reliability, generality, portability, locality), `generation` (what the model writes by itself),
-`normalise` (when two answers are the same text), `summary` (from records to percentages).
+`teacher_forced` (token accuracy: reliability, generality, portability, locality), `probability` (is the new answer on top, or likelier
+than the old one), `generation` (what the model writes by itself), `normalise` (when two answers are the same text), `summary` (from
+records to percentages); and what goes on inside: `noise` (how the edits of a sequence disturb one another), `tracing`.
 """
 
 from __future__ import annotations

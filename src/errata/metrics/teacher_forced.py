@@ -112,7 +112,7 @@ def predict(
     """
     encoded = [encode(lm.tokenizer, prompt, answer) for prompt, answer in texts]
     found: dict[int, Prediction] = {}
-    for chosen in _batches(encoded, batch_size, batch_tokens):
+    for chosen in batches(encoded, batch_size, batch_tokens):
         batch = lm.batch([encoded[i] for i in chosen])
         given = lm.target_logits(batch).argmax(dim=-1).tolist()  # [B, Tm]
         for i, row in zip(chosen, given, strict=True):
@@ -121,7 +121,7 @@ def predict(
     return [found[i] for i in range(len(texts))]
 
 
-def _batches(encoded: Sequence[Encoded], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+def batches(encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices of `encoded`, texts of like length together; the same texts in another order give the same batches."""
     chosen: list[int] = []
     for i in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].ids)):
