@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from errata.lm.loading import load, refuse_uneditable
     from errata.lm.model import LanguageModel
     from errata.lm.resume import from_layer, states_at
+    from errata.lm.suffix import Suffix
     from errata.lm.tokens import Batch, Encoded, collate, encode, joint
 
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "loading": ("load", "refuse_uneditable"),
     "model": ("LanguageModel",),
     "resume": ("from_layer", "states_at"),
+    "suffix": ("Suffix",),
     "tokens": ("Batch", "Encoded", "collate", "encode", "joint"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -34,6 +36,7 @@ __all__ = [
     "Encoded",
     "LanguageModel",
     "ModelError",
+    "Suffix",
     "add_to_output",
     "collate",
     "encode",

@@ -102,25 +102,35 @@ class LanguageModel:
         hidden states on their way into it. Raises ValueError if the batch holds no targets.
         """
         batch = batch.to(self.device)
-        rows, columns = batch.mask.nonzero(as_tuple=True)  # [N] each
+        return self.logits_at(
+            batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+
+    def logits_at(self, positions: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+        """Run the model on `inputs`, with the head at these places alone: [B, Tm, V], differentiable; zeros where `mask` is False.
+
+        positions [B, Tm] long: columns of the B texts that run; read where mask [B, Tm] bool is True.
+        Raises ValueError if it is True nowhere.
+        """
+        rows, columns = mask.nonzero(as_tuple=True)  # [N] each
         if not len(rows):
             raise ValueError("the batch holds no targets; encode the prompts with a target")
-        positions = batch.positions[rows, columns]
+        chosen = positions[rows, columns]
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = args[0]  # [B, T, d]
-            return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])  # [1, N, d]
+            return (hidden[rows.to(hidden.device), chosen.to(hidden.device)][None], *args[1:])  # [1, N, d]
 
         handle = submodule(self.model, self.anatomy.head).register_forward_pre_hook(pick)
         try:
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = self.model(**inputs)
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]  # [N, V]
-        if len(logits) == batch.mask.numel():
-            return logits.view(*batch.mask.shape, -1)
+        if len(logits) == mask.numel():
+            return logits.view(*mask.shape, -1)
         place = (rows.to(logits.device), columns.to(logits.device))
-        return logits.new_zeros(*batch.mask.shape, logits.shape[-1]).index_put(place, logits)
+        return logits.new_zeros(*mask.shape, logits.shape[-1]).index_put(place, logits)
 
     def complete(self, prompt: str, max_new_tokens: int = 16) -> str:
         """Greedy continuation of a prompt; only the new text."""

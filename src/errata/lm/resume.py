@@ -27,13 +27,8 @@ def states_at(lm: LanguageModel, batch: Batch, layer: int) -> Tensor:
     Raises ModelError if there is no such layer.
     """
     layers = _layers(lm, layer)
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
     with torch.no_grad(), ExitStack() as stack:
-        stack.callback(layers[layer].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        seen = stack.enter_context(entering(layers[layer]))
         for module in layers[layer:]:
             stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
         batch = batch.to(lm.device)
@@ -48,9 +43,7 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
     states: [B, T, d] from `states_at(lm, batch, layer)`; they may carry a graph. Call the model with `use_cache=False`.
     Raises ModelError if there is no such layer, for a model whose later layers read earlier ones, and for a batch of another shape.
     """
-    layers = _layers(lm, layer)
-    if getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise ModelError(f"later layers of {lm.name} read keys and values of earlier ones; run the whole model, not from layer {layer} on")
+    layers = resumable(lm, layer)
 
     def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = args[0] if args else kwargs["hidden_states"]
@@ -66,6 +59,35 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
             stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
         stack.callback(layers[layer].register_forward_pre_hook(swap, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def entering(module: nn.Module) -> Iterator[list[Tensor]]:
+    """While it lasts, the list that is yielded grows by the hidden states that enter a layer, at each call.
+
+    They are copies, taken before the layer runs: some add to what they are given in place.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def resumable(lm: LanguageModel, layer: int) -> list[nn.Module]:
+    """All layers of the model.
+
+    Raises ModelError if `layer` is none of them, and for a model whose later layers read keys and values of earlier ones (Gemma 3n).
+    """
+    layers = _layers(lm, layer)
+    if getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ModelError(f"later layers of {lm.name} read keys and values of earlier ones; run the whole model, not from layer {layer} on")
+    return layers
 
 
 def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:
