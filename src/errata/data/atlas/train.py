@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from errata.data.atlas.corpus import Corpus, Line
+from errata.data.atlas.corpus import Corpus, Line, write_sample
 from errata.data.atlas.world import World, build
 
 END = "<|endoftext|>"
@@ -227,11 +227,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer as `from_pretrained` reads them, the weights in half precision."""
+    """Save model and tokenizer as `from_pretrained` reads them, the weights in half precision, and ordinary text beside them."""
     half = type(model)(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_sample(folder)
 
 
 def say(**values: Any) -> None:
