@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.facts import EditCase, Fact, FactError, Probe
     from errata.lm import LanguageModel, ModelError, load
-    from errata.methods import FT, LoRA, edit
+    from errata.methods import FT, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LoRA, edit
     from errata.objectives import CrossEntropy, Overtone
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AlphaEdit": "methods",
     "CrossEntropy": "objectives",
+    "DeltaEdit": "methods",
     "Edit": "edits",
     "EditCase": "facts",
     "FT": "methods",
@@ -31,16 +33,26 @@ _HOME = {
     "FactError": "facts",
     "LanguageModel": "lm",
     "LoRA": "methods",
+    "MEMIT": "methods",
     "ModelError": "lm",
     "Overtone": "objectives",
+    "PRUNE": "methods",
     "Probe": "facts",
+    "RECT": "methods",
+    "ROME": "methods",
     "edit": "methods",
     "load": "lm",
 }
 
 __all__ = [
     "FT",
+    "MEMIT",
+    "PRUNE",
+    "RECT",
+    "ROME",
+    "AlphaEdit",
     "CrossEntropy",
+    "DeltaEdit",
     "Edit",
     "EditCase",
     "Fact",

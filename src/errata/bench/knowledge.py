@@ -17,7 +17,9 @@ from errata.data.atlas.world import World, build
 from errata.facts import EditCase, Fact
 from errata.lm.capture import add_to_output, capture, submodule
 from errata.lm.tokens import Batch, Encoded, encode
-from errata.methods.locate.value import Values, at_subject, find_values
+from errata.methods.locate.contexts import encode_fact, request
+from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.value import Search, at_subject, find_values
 from errata.objectives import CrossEntropy
 from errata.statistics.moments import second_moments
 
@@ -101,29 +103,20 @@ def answers(
     return said, torch.cat(right)
 
 
-def encode_fact(lm: LanguageModel, fact: Fact, prefix: str = "") -> Encoded:
-    """The fact's prompt behind a prefix, with target and subject position."""
-    shift = len(prefix)
-    start, end = fact.subject_span
-    return encode(lm.tokenizer, prefix + fact.text, fact.target, (start + shift, end + shift))
-
-
 def _share(right: Tensor) -> float:
     return round(right.double().mean().item(), 4)
 
 
 def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: int, lr: float, contexts: int, seed: int) -> dict[str, float]:
     rng = random.Random(seed)
-    prefixes = ["", *(prose(rng) + " " for _ in range(contexts - 1))]
+    prefixes = tuple(prose(rng) + " " for _ in range(contexts - 1))
     facts = [case.facts[0] for case in cases]
+    requests = [request(lm, fact, prefixes) for fact in facts]
+    sweep = Sweep(lm, requests, [layer])
+    base, keys = sweep.outputs[:, 0], sweep.keys.mean(1)
     # Summed over tokens: p > 0.9 is asked of the whole target, however many tokens it has.
     found = find_values(
-        lm,
-        layer,
-        [[encode_fact(lm, fact, prefix) for prefix in prefixes] for fact in facts],
-        lr=lr,
-        stop=2e-2,
-        objective=CrossEntropy(reduction="sum"),
+        lm, layer, requests, base, Search(steps=25, lr=lr, decay=1e-3, clamp=4.0, stop=2e-2), CrossEntropy(reduction="sum")
     )
     plain = [encode_fact(lm, fact) for fact in facts]
     other = [encode_fact(lm, Fact(case.rephrases[0].prompt, fact.subject, fact.target)) for case, fact in zip(cases, facts, strict=True)]
@@ -134,7 +127,7 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     corpus = Corpus(world, seed)
     texts = ("\n".join(f"{line.prompt} {line.answer}." for line in corpus.document()) for _ in range(1200))
     moment = second_moments(lm, texts, [layer])[layer].to(lm.device)
-    left, right = rank_one(lm, layer, found, moment)
+    left, right = rank_one(lm, layer, keys, base + found.delta, moment)
 
     def written(batch: Batch, rows: slice) -> AbstractContextManager[None]:
         return own_write(lm, layer, batch, left[rows], right[rows])
@@ -159,17 +152,16 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     }
 
 
-def rank_one(lm: LanguageModel, layer: int, found: Values, moment: Tensor) -> tuple[Tensor, Tensor]:
+def rank_one(lm: LanguageModel, layer: int, keys: Tensor, values: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """ROME's write (eq. 2) for F independent edits: Δ_f = left_f right_fᵀ with right = C⁻¹k / (kᵀC⁻¹k), left = v* − W k.
 
-    moment: C [d_in, d_in] float64. Returns left [F, d], right [F, d_in].
+    keys k [F, d_in], values v* [F, d], moment C [d_in, d_in] float64. Returns left [F, d], right [F, d_in].
     """
-    keys = found.keys.double()
-    whitened = torch.linalg.solve(moment, keys.T).T  # [F, d_in]
-    right = (whitened / (whitened * keys).sum(-1, keepdim=True)).to(found.keys.dtype)
-    module = submodule(lm.model, lm.anatomy.mlp_down[layer])
+    wide = keys.double()
+    whitened = torch.linalg.solve(moment, wide.T).T  # [F, d_in]
+    right = (whitened / (whitened * wide).sum(-1, keepdim=True)).to(keys.dtype)
     with torch.no_grad():
-        left = found.base + found.delta - module(found.keys)
+        left = values - submodule(lm.model, lm.anatomy.mlp_down[layer])(keys)
     return left, right
 
 

@@ -15,20 +15,44 @@ from errata.facts import Fact
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
+    from errata.methods.alphaedit import AlphaEdit as AlphaEdit
     from errata.methods.base import Method as Method
     from errata.methods.base import Session as Session
+    from errata.methods.deltaedit import DeltaEdit as DeltaEdit
     from errata.methods.ft import FT as FT
     from errata.methods.lora import LoRA as LoRA
+    from errata.methods.memit import MEMIT as MEMIT
+    from errata.methods.prune import PRUNE as PRUNE
+    from errata.methods.rect import RECT as RECT
+    from errata.methods.rome import ROME as ROME
     from errata.objectives.base import Objective
 
 NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ft-l": ("ft:FT", {"variant": "l"}, "Adam on one MLP down-projection, all target tokens asked of the last prompt position"),
     "ft-m": ("ft:FT", {"variant": "m"}, "Adam on one MLP down-projection, each target token behind the ones before it"),
     "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
+    "rome": ("rome:ROME", {}, "one rank-one write of the found value into one MLP"),
+    "memit": ("memit:MEMIT", {}, "the value shared out over several MLPs, each write a ridge regression"),
+    "memit+history": ("memit:MEMIT", {"history": True}, "MEMIT that also holds on to the keys of earlier edits"),
+    "prune": ("prune:PRUNE", {}, "MEMIT, with the singular values of all that was written held down at the end"),
+    "rect": ("rect:RECT", {}, "MEMIT, keeping the entries that change their weight most"),
+    "alphaedit": ("alphaedit:AlphaEdit", {}, "writes in the null space of ordinary keys, holding on to earlier ones"),
+    "deltaedit": ("deltaedit:DeltaEdit", {}, "AlphaEdit, with values orthogonal to earlier ones where their noise is loud"),
 }
 """Name on the command line and in plans -> ("module:Class", what makes it this method, what it is)."""
 
-_PUBLIC = {"FT": "ft", "LoRA": "lora", "Method": "base", "Session": "base"}
+_PUBLIC = {
+    "AlphaEdit": "alphaedit",
+    "DeltaEdit": "deltaedit",
+    "FT": "ft",
+    "LoRA": "lora",
+    "MEMIT": "memit",
+    "Method": "base",
+    "PRUNE": "prune",
+    "RECT": "rect",
+    "ROME": "rome",
+    "Session": "base",
+}
 
 
 def get(name: str, **settings: Any) -> Method:

@@ -1,4 +1,4 @@
-"""Find the value: what an MLP must write at the subject's last token for the model to give the new answer."""
+"""Find the value: what must stand at the subject's last token for the model to give the new answer (ROME eq. 4, MEMIT eq. 16)."""
 
 from __future__ import annotations
 
@@ -10,112 +10,189 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from errata.lm.capture import add_to_output, capture, submodule
-from errata.lm.resume import from_layer, states_at
+from errata.lm.capture import add_to_output, submodule
+from errata.lm.suffix import Suffix
 from errata.objectives.base import Objective
-from errata.objectives.cross_entropy import CrossEntropy
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.lm.tokens import Batch, Encoded
+    from errata.methods.locate.contexts import Request
+
+Projector = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How δ is looked for: Adam on δ [d], at most `steps` updates at rate `lr`, minimising
+
+        objective (mean over contexts) + kl · KL(now ‖ before) of the token after "{subject} is a" + decay · ‖δ‖ / ‖v₀‖²
+
+    with ‖δ‖ ≤ clamp · ‖v₀‖ after each step. A fact is finished, and keeps its δ, when that sum falls below `stop`, when every token of
+    its target is clipped by the objective, or (where `enough` is set) when p(target) in the bare prompt is above `enough`.
+    """
+
+    steps: int
+    lr: float
+    decay: float
+    clamp: float
+    kl: float = 0.0
+    stop: float = 5e-2
+    enough: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
     """What was found for F facts.
 
-    delta [F, d]: to be added to the down-projection's output at the subject's last token; v* = base + delta.
-    base [F, d]: that output before, in the first context. keys [F, d_in]: its input, mean over the contexts.
-    probability [F]: p(target), the product over its tokens, first context, with delta in place.
+    delta [F, d]: to be added at the subject's last token. probability [F]: p(target) with it, the product over its tokens, bare prompt.
+    steps [F]: updates that each took. losses: what was minimised, mean over the facts, before each update and after the last.
     """
 
     delta: Tensor
-    base: Tensor
-    keys: Tensor
     probability: Tensor
+    steps: Tensor
+    losses: list[float]
 
 
 @contextmanager
 def at_subject(lm: LanguageModel, layer: int, batch: Batch, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While it lasts, `change(output at the subject's last token [B, d])` is added there to the MLP output of `layer`."""
-    rows, shape = torch.arange(len(batch), device=lm.device), batch.input_ids.shape
-
-    def delta(output: Tensor) -> Tensor:
-        full = output.reshape(*shape, -1)
-        place = torch.zeros_like(full)
-        return place.index_put((rows, batch.subject_last), change(full[rows, batch.subject_last])).reshape(output.shape)
-
-    with add_to_output(submodule(lm.model, lm.anatomy.mlp_down[layer]), delta):
+    with _added_at(lm, layer, batch.input_ids.shape[1], batch.subject_last, change):
         yield
 
 
-def target_probability(logits: Tensor, batch: Batch) -> Tensor:
-    """p(target) [B], the product over its tokens; logits [B, Tm, V]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    picked = torch.log_softmax(wide, -1).gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # [B, Tm]
-    return (picked * batch.mask).sum(-1).exp()
+def target_probability(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """p(target) [B], the product over its tokens; logits [B, Tm, V], targets and mask [B, Tm]."""
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    picked = torch.log_softmax(wide, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, Tm]
+    return picked.masked_fill(~mask, 0).sum(-1).exp()
 
 
 def find_values(
     lm: LanguageModel,
     layer: int,
-    facts: Sequence[Sequence[Encoded]],
-    *,
-    steps: int = 25,
-    lr: float = 0.5,
-    decay: float = 1e-3,
-    clamp: float = 4.0,
-    stop: float = 5e-2,
-    objective: Objective | None = None,
+    requests: Sequence[Request],
+    base: Tensor,
+    search: Search,
+    objective: Objective,
+    project: Projector | None = None,
 ) -> Values:
-    """Optimise δ for F independent facts at once (ROME, eq. 4; MEMIT, eq. 16), by Adam, with the weights as they are.
+    """Optimise δ for F independent facts at once, with the weights as they are.
 
-    facts: for each fact its contexts: the prompt with its target and subject position, in C wordings or with C prefixes (one C for all).
-    lr: Adam's step, in units of the output's own entries. decay: weight of (‖δ‖/‖base‖)². clamp: ‖δ‖ ≤ clamp · ‖base‖ after each step.
-    stop: a fact whose objective falls below it is finished and keeps its δ.
-    Only the layers from `layer` on run, from cached states.
-    Raises ValueError if the facts differ in their number of contexts or a prompt has no subject.
+    layer: δ is added to its output, through the output of its MLP (which is the same unless a norm comes between).
+    base [F, d]: v₀, what stands there now; it sets the scale of `clamp` and `decay`.
+    project: rows [F, d] -> [F, d], applied to δ after each update, before the clamp (DeltaEdit eq. 21).
+
+    Only what δ can change runs: the layers above (from `layer` itself on in post-norm models), the tokens from the subject's last one
+    on, the head where it predicts a target; and a finished fact leaves the batch. Facts do not touch one another: each gets the δ that
+    it would get alone.
+
+    Raises ValueError if the facts differ in their number of contexts.
     """
-    objective = objective or CrossEntropy()
-    number, contexts = len(facts), len(facts[0])
-    if any(len(fact) != contexts for fact in facts) or any(e.subject_last is None for fact in facts for e in fact):
-        raise ValueError("every fact needs the same number of contexts, each with the subject's position")
-    batch = lm.batch([encoded for fact in facts for encoded in fact])  # row f·C + c
-    rows = torch.arange(len(batch), device=lm.device)
-    states = states_at(lm, batch, layer)
-    path = lm.anatomy.mlp_down[layer]
-    with (
-        torch.no_grad(),
-        from_layer(lm, layer, states),
-        capture(lm.model, {"k": path}, inputs=True) as ins,
-        capture(lm.model, {"v": path}) as outs,
-    ):
-        lm.target_logits(batch)
-    keys = ins["k"][rows, batch.subject_last].view(number, contexts, -1).mean(1)  # [F, d_in]
-    base = outs["v"][rows, batch.subject_last].view(number, contexts, -1)[:, 0]  # [F, d]
-    size = base.norm(dim=-1, keepdim=True)
-
-    delta = torch.zeros_like(base, requires_grad=True)  # [F, d]
-    adam = torch.optim.Adam([delta], lr=lr)
-    finished = torch.zeros(number, dtype=torch.bool, device=base.device)
-
-    def logits() -> Tensor:
-        with from_layer(lm, layer, states), at_subject(lm, layer, batch, lambda _: delta.repeat_interleave(contexts, 0)):
-            return lm.target_logits(batch)
-
-    for _ in range(steps):
-        value = objective.evaluate(logits(), batch.targets, batch.mask)
-        loss = value.loss.view(number, contexts).mean(1)  # [F]
-        finished |= (loss.detach() < stop) | value.finished.view(number, contexts).all(1)
-        if bool(finished.all()):
+    facts, contexts = len(requests), len(requests[0].contexts)
+    if any(len(request.contexts) != contexts for request in requests):
+        raise ValueError("every fact needs the same number of contexts")
+    width = contexts + (search.kl > 0)  # rows of a fact: f·width + c, the essence last
+    texts = [text for request in requests for text in (*request.contexts, request.essence)[:width]]
+    run = _Runner(lm, layer, texts)
+    size = torch.linalg.vector_norm(base.float(), dim=-1, keepdim=True)  # [F, 1]
+    delta = torch.zeros(base.shape, dtype=size.dtype if base.dtype != torch.float64 else base.dtype, device=base.device)
+    delta.requires_grad_()
+    adam = torch.optim.Adam([delta], lr=search.lr)
+    active = torch.arange(facts, device=base.device)
+    probability = torch.zeros(facts, device=base.device)
+    steps = torch.zeros(facts, dtype=torch.long, device=base.device)
+    last, losses = torch.zeros(facts, device=base.device), []
+    reference = before = None
+    for step in range(search.steps + 1):
+        logits = run(delta[active].repeat_interleave(width, 0)).unflatten(0, (len(active), width))  # [A, width, Tm, V]
+        asked = logits[:, :contexts].flatten(0, 1)  # [A·C, Tm, V]
+        targets, mask = (part.unflatten(0, (len(active), width))[:, :contexts].flatten(0, 1) for part in (run.targets, run.mask))
+        if step == 0 and objective.needs_reference:
+            reference = asked.detach()
+        value = objective.evaluate(asked, targets, mask, reference)
+        loss = value.loss.unflatten(0, (-1, contexts)).mean(1)  # [A]
+        if search.kl > 0:
+            now = torch.log_softmax(logits[:, contexts, 0].to(loss.dtype), -1)  # [A, V]
+            before = now.detach() if before is None else before
+            loss = loss + search.kl * (now.exp() * (now - before)).sum(-1)
+        loss = loss + search.decay * torch.linalg.vector_norm(delta[active], dim=-1) / size[active, 0].square()
+        last[active] = loss.detach().float()
+        losses.append(float(last.mean()))
+        first = slice(None, None, contexts)
+        probability[active] = target_probability(asked[first], targets[first], mask[first]).float()
+        finished = (loss.detach() < search.stop) | value.finished.unflatten(0, (-1, contexts)).all(1)
+        if search.enough is not None:
+            finished |= probability[active] > search.enough
+        if step == search.steps or bool(finished.all()):
             break
-        total = (loss + decay * (delta / size).square().sum(-1))[~finished].sum()
-        (delta.grad,) = torch.autograd.grad(total, delta)
-        before = delta.detach().clone()
+        (delta.grad,) = torch.autograd.grad(loss[~finished].sum(), delta)
+        kept = delta.detach().clone()
         adam.step()
+        if bool(finished.any()):
+            going = (~finished).nonzero().squeeze(-1)
+            rows = (going[:, None] * width + torch.arange(width, device=going.device)).flatten()
+            run.keep(rows)
+            if reference is not None:
+                reference = reference.unflatten(0, (-1, contexts))[going].flatten(0, 1)
+            before = None if before is None else before[going]
+            active = active[going]
         with torch.no_grad():
-            delta.mul_((clamp * size / delta.norm(dim=-1, keepdim=True)).clamp(max=1.0))
-            delta.copy_(torch.where(finished.unsqueeze(-1), before, delta))
-    with torch.no_grad():
-        probability = target_probability(logits(), batch).view(number, contexts)[:, 0]
-    return Values(delta.detach(), base, keys, probability)
+            moved = delta[active] if project is None else _projected(project, delta, active)
+            moved = moved * (search.clamp * size[active] / torch.linalg.vector_norm(moved, dim=-1, keepdim=True)).clamp(max=1.0)
+            delta.copy_(kept).index_copy_(0, active, moved)  # Adam's momentum goes on moving the finished ones: put them back
+        steps[active] += 1
+    return Values(delta.detach().to(base.dtype), probability, steps, losses)
+
+
+def _projected(project: Projector, delta: Tensor, active: Tensor) -> Tensor:
+    """Projectors may differ from fact to fact, so they see all of them."""
+    return project(delta.detach())[active]
+
+
+class _Runner:
+    """Logits at the targets of B texts, as a function of what is added at their subjects' last tokens.
+
+    Where the MLP writes straight into the residual stream, what is added to its output arrives at the layer above as it is, so `layer`
+    itself need not run.
+    """
+
+    def __init__(self, lm: LanguageModel, layer: int, texts: Sequence[Encoded]) -> None:
+        self.lm, self.layer = lm, layer
+        self.straight = lm.anatomy.writes_straight and layer + 1 < len(lm.anatomy.layers)
+        self.suffix = Suffix(lm, texts, layer + 1 if self.straight else layer)
+
+    @property
+    def targets(self) -> Tensor:
+        return self.suffix.targets
+
+    @property
+    def mask(self) -> Tensor:
+        return self.suffix.mask
+
+    def keep(self, rows: Tensor) -> None:
+        self.suffix = self.suffix.keep(rows)
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """delta [B, d] -> logits [B, Tm, V]."""
+        states, columns = self.suffix.states, self.suffix.columns
+        if self.straight:
+            rows = torch.arange(len(states), device=states.device)
+            return self.suffix.logits(states.index_put((rows, columns), delta.to(states), accumulate=True))
+        with _added_at(self.lm, self.layer, states.shape[1], columns, lambda _: delta):
+            return self.suffix.logits(states)
+
+
+@contextmanager
+def _added_at(lm: LanguageModel, layer: int, width: int, columns: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """`change(output there [B, d])` is added to the MLP output of `layer` in one column of each of B texts of `width` tokens."""
+    rows = torch.arange(len(columns), device=columns.device)
+
+    def delta(output: Tensor) -> Tensor:
+        full = output.reshape(len(columns), width, -1)
+        place = torch.zeros_like(full)
+        return place.index_put((rows, columns), change(full[rows, columns]).to(full)).reshape(output.shape)
+
+    with add_to_output(submodule(lm.model, lm.anatomy.mlp_down[layer]), delta):
+        yield

@@ -1,0 +1,82 @@
+"""AlphaEdit: writes that ordinary keys do not feel at all, because they lie in the null space of their second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from errata.methods.base import Session, check_range
+from errata.methods.locate.ridge import Ridge, null_space_prior
+from errata.methods.locate.session import Locate, LocateSession, Writes
+from errata.methods.memit import CRITICAL
+from errata.statistics.nullspace import NullSpace, null_space_for
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+    from errata.objectives.base import Objective
+
+_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "gpt2-xl": {"l2": 10.0, "threshold": 2e-2},
+    "gpt-j-6b": {"l2": 10.0, "threshold": 2e-2},
+    "llama-2-7b": {"l2": 10.0, "threshold": 2e-2},
+    "llama-3-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
+    "llama-3.1-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
+    "qwen2.5-7b": {"l2": 1.0, "threshold": 2e-2},
+}
+
+
+@dataclass(frozen=True)
+class AlphaEdit(Locate):
+    """Null-space constrained editing (Fang et al. 2024, arXiv 2410.02355): (P (K_p K_pᵀ + K Kᵀ) + L2·I) β = P K (DeltaEdit eq. 8, 9).
+
+    P projects on the eigenvectors of C with eigenvalues below a threshold; K_p are the keys of all earlier edits of the session.
+
+    threshold: the eigenvalue below which a direction counts as unused. None: see `share`.
+    share: the part of the directions that counts as unused, those with the smallest eigenvalues, where no threshold is given; about
+        what 0.02 keeps on Llama-3.
+    l2: the ridge. None: the published one for its families, else `energy`, the mean squared length of ordinary keys inside the null
+        space: an edit's own key then counts as much as it sticks out of the ordinary.
+    """
+
+    name: ClassVar[str] = "alphaedit"
+    paper: ClassVar[str] = "arXiv 2410.02355"
+    family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        family: {**values, **_PUBLISHED.get(family, {})} for family, values in CRITICAL.items()
+    }
+
+    l2: float | None = None
+    threshold: float | None = None
+    share: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self.name, "l2", self.l2, 0, above=True)
+        check_range(self.name, "threshold", self.threshold, 0, above=True)
+        check_range(self.name, "share", self.share, 0, 1, above=True)
+
+    def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
+        """See `Locate.session`."""
+        return AlphaSession(lm, self, objective, seed)
+
+
+class AlphaSession(LocateSession):
+    """Also DeltaEdit's, whose β is the same."""
+
+    method: AlphaEdit
+
+    def ridge(self, layer: int) -> Ridge:
+        space = self.space(layer)
+        l2 = space.energy if self.method.l2 is None else self.method.l2
+        return Ridge(null_space_prior(space.project, l2), self.lm.anatomy.key_size, device=self.device)
+
+    def space(self, layer: int) -> NullSpace:
+        """The null space of the unedited model's keys at a layer."""
+        threshold, share = self.method.threshold, self.method.share
+        return null_space_for(self.lm, self.moments, layer, threshold, share)
+
+    def remember(self, writes: Writes) -> None:
+        self.keep_keys(writes)
+
+    def diagnostics(self) -> dict[str, Any]:
+        return {"null_space_share": round(min(self.space(layer).share for layer in self.layers), 4)}

@@ -1,0 +1,177 @@
+"""DeltaEdit: AlphaEdit, whose new value is kept orthogonal to all earlier ones when their noise on this edit is unusually loud."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from errata.edits.delta import Delta, LowRankDelta
+from errata.methods.alphaedit import AlphaEdit, AlphaSession
+from errata.methods.base import Session, check_range
+from errata.methods.locate.history import DeltaHistory, Threshold, project_out
+from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.value import Values, find_values
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+    from errata.objectives.base import Objective
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        **{"statistic": "squared", "two_sided": False, "warm_up": 5, "start_at": "zero", "key": "mean"},
+        **{"removed": 0.75, "floor": 0.0, "with_noise": False},
+    },
+    "released": {
+        **{"statistic": "norm", "two_sided": True, "warm_up": 20, "start_at": "first", "key": "bare"},
+        **{"removed": 0.25, "floor": 0.1, "with_noise": True, "enough": 0.98},
+    },
+}
+"""The open points of the paper, as its text has them and as its authors' code has them (METHODS, the table under DeltaEdit)."""
+
+
+@dataclass(frozen=True)
+class DeltaEdit(AlphaEdit):
+    """Sequential editing under dynamic orthogonal constraints (Cao et al. 2025, §4.2, Algorithm 1).
+
+    β as AlphaEdit's. Δ_hist is the sum of what the session wrote into the *last* critical layer. Where ‖Δ_hist k_e‖² is above
+    m + η √v (eq. 24), the value is found under P_α = I − Û Ûᵀ (eq. 20, 21), Û the eigenvectors of Δ_hist Δ_histᵀ; else freely, and m, v
+    take the new noise in (eq. 22, 23).
+
+    eta, xi: η and the moving averages' memory (the paper's δ).
+    preset: fills in what follows where it is None. "paper": Algorithm 1 to the letter. "released": what its authors' code does.
+    statistic: the noise is ‖Δ_hist k‖² ("squared") or ‖Δ_hist k‖ ("norm"). two_sided: one far below the mean triggers too.
+    warm_up: edits before the first that may be constrained. start_at: m begins as 0 ("zero") or as the first noise ("first").
+    removed: at most this share of the d directions is taken away, the strongest. floor: eigenvalues up to this count as 0; at 0 what is
+        0 but for rounding. with_noise: the directions of [Δ_hist Δ_histᵀ | Δ_hist k_e] instead.
+    key: whether k_e is the "mean" key that is written with, or the "bare" prompt's.
+    patience: so many constrained edits in a row, and m, v follow the noise all the same; None: never (they may then stay behind for good).
+    strict: the residual of the last layer, which also carries what the lower layers missed, is made orthogonal too. Ours.
+    retry: where p(target) under P_α stays below this, the value is found once more, freely. Ours; None: never.
+    """
+
+    name: ClassVar[str] = "deltaedit"
+    paper: ClassVar[str] = "DeltaEdit §4.2"
+    family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        family: {**values, "eta": {"gpt2-xl": 3.0, "llama-3-8b": 1.5, "llama-3.1-8b": 1.5}.get(family, 2.0)}
+        for family, values in AlphaEdit.family_defaults.items()
+    }
+
+    eta: float | None = None
+    xi: float = 0.9
+    preset: Literal["paper", "released"] = "paper"
+    statistic: Literal["squared", "norm"] | None = None
+    two_sided: bool | None = None
+    warm_up: int | None = None
+    start_at: Literal["zero", "first"] | None = None
+    removed: float | None = None
+    floor: float | None = None
+    with_noise: bool | None = None
+    key: Literal["mean", "bare"] | None = None
+    patience: int | None = None
+    strict: bool = False
+    retry: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"deltaedit: preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
+        for name in ("eta", "warm_up", "floor"):
+            check_range(self.name, name, getattr(self, name), 0)
+        check_range(self.name, "xi", self.xi, 0, 1)
+        check_range(self.name, "removed", self.removed, 0, 1, above=True)
+        check_range(self.name, "patience", self.patience, 1)
+        check_range(self.name, "retry", self.retry, 0, 1, above=True)
+
+    def for_model(self, lm: LanguageModel) -> Self:
+        """See `Locate.for_model`; the preset fills in the rest."""
+        chosen = super().for_model(lm)
+        preset = PRESETS[chosen.preset]
+        return replace(chosen, **{f.name: preset[f.name] for f in fields(chosen) if f.name in preset and getattr(chosen, f.name) is None})
+
+    def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
+        """See `Locate.session`."""
+        return _Delta(lm, self, objective, seed)
+
+
+class _Delta(AlphaSession):
+    method: DeltaEdit
+
+    def __init__(self, lm: LanguageModel, method: DeltaEdit, objective: Objective | None, seed: int) -> None:
+        super().__init__(lm, method, objective, seed)
+        anatomy = lm.anatomy
+        self.history = DeltaHistory(anatomy.hidden_size, anatomy.key_size, device=self.device)
+        assert method.eta is not None and method.warm_up is not None and method.two_sided is not None  # for_model filled them in
+        assert method.statistic is not None and method.start_at is not None
+        self.threshold = Threshold(
+            method.eta, method.xi, method.warm_up, method.statistic, method.two_sided, method.start_at, method.patience
+        )
+        # Of the edit that is being made: Û [F, d, r] or [d, r], which facts are held to it, their noise, and how many were let off.
+        self.directions: list[Tensor] = []
+        self.bound = torch.zeros(0, dtype=torch.bool)
+        self.noise = torch.zeros(0)
+        self.retried = 0
+
+    def values(self, sweep: Sweep, requests: list[Any]) -> Values:
+        """δ at the last critical layer, under P_α for the facts whose noise is above the threshold."""
+        method, last, base = self.method, self.layers[-1], sweep.reached
+        contexts = sweep.before[last]
+        keys = contexts[:, 0] if method.key == "bare" else self.key(contexts)  # k_e [F, d_in]
+        self.noise = self.history.norm2(keys)  # [F]
+        self.bound = torch.tensor([self._exceeds(value) for value in self.noise.tolist()], device=base.device)
+        self.retried = 0
+        if not bool(self.bound.any()):
+            return find_values(self.lm, last, requests, base, method.search, self.objective)
+        assert method.removed is not None  # for_model filled it in
+        cap, floor = int(method.removed * base.shape[1]), method.floor or None
+        noises = self.history.times(keys) if method.with_noise else [None] * len(keys)
+        self.directions = [self.history.directions(cap, floor, noise) for noise in (noises if method.with_noise else noises[:1])]
+        found = find_values(self.lm, last, requests, base, method.search, self.objective, self._free_of_history)
+        blocked = (self.bound & (found.probability < (method.retry or 0.0))).nonzero().squeeze(-1)
+        if len(blocked):
+            again = find_values(self.lm, last, [requests[i] for i in blocked.tolist()], base[blocked], method.search, self.objective)
+            found.delta[blocked], found.probability[blocked] = again.delta, again.probability
+            found.steps[blocked] += again.steps
+            self.bound[blocked] = False
+            self.retried = len(blocked)
+        return found
+
+    def _exceeds(self, noise: float) -> bool:
+        above = self.threshold.triggered(noise)
+        self.threshold.update(noise)
+        return above
+
+    def _free_of_history(self, rows: Tensor) -> Tensor:
+        """P_α (eq. 20) for the facts that are bound, the others as they are. rows [F, d]."""
+        each = self.directions if len(self.directions) == len(rows) else self.directions * len(rows)
+        free = torch.cat([project_out(row, directions) for row, directions in zip(rows.split(1), each, strict=True)])
+        return torch.where(self.bound.unsqueeze(-1), free, rows)
+
+    def residual(self, index: int, residual: Tensor) -> Tensor:
+        if self.method.strict and index == len(self.layers) - 1 and bool(self.bound.any()):
+            return self._free_of_history(residual)
+        return residual
+
+    def shape(self, layer: int, delta: LowRankDelta) -> Delta:
+        if layer == self.layers[-1]:
+            self.history.add(delta.left, delta.right)
+        return delta
+
+    def diagnostics(self) -> dict[str, Any]:
+        return super().diagnostics() | {
+            "history_noise": float(self.noise.max()),
+            "threshold": self.threshold.band[1],
+            "constrained": int(self.bound.sum()),
+            "retried": self.retried,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"history": self.history.state_dict(), "threshold": self.threshold.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.history.load_state_dict(state["history"])
+        self.threshold.load_state_dict(state["threshold"])

@@ -1,0 +1,273 @@
+"""What the locate-then-edit editors share: their settings, and one edit from facts to deltas.
+
+An editor of this kind is (1) a search for the value, (2) a write rule from keys to activation vectors β, and (3) what becomes of
+Δ = r βᵀ. A method file says these three and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from torch import Tensor
+
+from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
+from errata.edits.edit import Edit
+from errata.edits.stack import Stack
+from errata.facts import Fact
+from errata.lm.anatomy import is_conv1d
+from errata.lm.capture import submodule
+from errata.lm.errors import ModelError
+from errata.lm.loading import refuse_uneditable
+from errata.methods.base import Method, Session, check_range
+from errata.methods.locate.contexts import prefixes, request
+from errata.methods.locate.ridge import Ridge
+from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.value import Search, Values, find_values
+from errata.statistics.moments import Moments, moments_for
+
+if TYPE_CHECKING:
+    from errata.lm.model import LanguageModel
+    from errata.objectives.base import Objective
+
+T = TypeVar("T")
+Writes = list[tuple[int, Tensor, Tensor]]
+"""(layer, keys [F, d_in], residuals [F, d]) of one edit, from low to high."""
+
+
+@dataclass(frozen=True)
+class Locate(Method):
+    """The settings of every locate-then-edit editor; see `Search` for those of the value.
+
+    layers: the critical layers, from low to high; the value is found at the last. None: the family's, else (up to) five that end
+        at three tenths of the depth; in post-norm models that one alone (see `for_model`).
+    steps, lr, decay, clamp, kl, stop, enough: the search for the value.
+    prefixes, prefix_length: so many texts of so many tokens, written by the model, stand before the prompt in its further contexts.
+    corpus, tokens: the text whose second moments say what must not move, and how much of it; see `errata.statistics.moments_for`.
+    """
+
+    objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "ce": {"reduction": "mean"},
+        "overtone": {"epsilon": 0.05, "n_sigma": 0.5, "lam": 0.1, "reduction": "mean"},  # nobody has published values for this
+    }
+
+    layers: tuple[int, ...] | None = None
+    steps: int | None = None
+    lr: float | None = None
+    decay: float | None = None
+    clamp: float | None = None
+    kl: float = 0.0625
+    stop: float = 5e-2
+    enough: float | None = None
+    prefixes: int = 5
+    prefix_length: int = 10
+    corpus: str | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self.name, "steps", self.steps, 1)
+        check_range(self.name, "lr", self.lr, 0, above=True)
+        for name in ("decay", "kl", "stop", "prefixes"):
+            check_range(self.name, name, getattr(self, name), 0)
+        check_range(self.name, "clamp", self.clamp, 0, above=True)
+        check_range(self.name, "enough", self.enough, 0, 1, above=True)
+        check_range(self.name, "prefix_length", self.prefix_length, 1)
+        check_range(self.name, "tokens", self.tokens, 1)
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"{self.name}: layers must be numbers from low to high, each once, got {list(self.layers)}")
+
+    def for_model(self, lm: LanguageModel) -> Self:
+        """The same method with every None replaced by the default of the model's family.
+
+        Raises ModelError for a layer that is not there, and for several layers in a post-norm model: there a norm comes between the
+        down-projection and the residual stream, so a value cannot be shared out over layers by differences of hidden states. One layer,
+        its value taken at the down-projection's own output, is exact.
+        """
+        chosen = super().for_model(lm)
+        count, straight = len(lm.anatomy.layers), lm.anatomy.writes_straight
+        last = max(0, min(count - 2, round(0.3 * count)))
+        layers = chosen.layers or tuple(range(max(0, last - 4) if straight and self.spreads else last, last + 1))
+        if missing := [layer for layer in layers if not 0 <= layer < count]:
+            raise ModelError(f"{lm.name} has layers 0 to {count - 1}, not {missing[0]}; choose among these for {self.name}")
+        if len(layers) > 1 and not self.spreads:
+            raise ModelError(f"{self.name} writes into one layer, got {list(layers)}; give one, for instance layers=[{layers[-1]}]")
+        if len(layers) > 1 and not straight:
+            raise ModelError(
+                f"{lm.name} ({lm.anatomy.family}) has a norm between its MLPs and the residual stream: {self.name} cannot share one out "
+                f"over layers {list(layers)}; give one, for instance layers=[{layers[-1]}]"
+            )
+        return replace(chosen, layers=layers)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the value is shared out over several layers (ROME's is not)."""
+        return True
+
+    @property
+    def search(self) -> Search:
+        """The part of the settings that is about the value. Only after `for_model`."""
+        assert self.steps is not None and self.lr is not None and self.decay is not None and self.clamp is not None
+        return Search(self.steps, self.lr, self.decay, self.clamp, self.kl, self.stop, self.enough)
+
+    def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
+        """See `Method.start`. Collects second moments and prefixes of the *unedited* model where they are not cached yet."""
+        chosen = self.for_model(lm)
+        refuse_uneditable(lm, [f"{lm.anatomy.mlp_down[layer]}.weight" for layer in chosen.layers or ()])
+        return chosen.session(lm, objective, seed)
+
+    @abstractmethod
+    def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
+        """A session of this method, every setting filled in."""
+
+
+class LocateSession(Session):
+    """Facts to deltas: contexts, value, then layer by layer key, residual, write. Subclasses say how a write is solved and shaped."""
+
+    method: Locate
+
+    def __init__(self, lm: LanguageModel, method: Locate, objective: Objective | None, seed: int) -> None:
+        super().__init__(lm, method, objective, seed)
+        assert method.layers is not None  # for_model filled them in
+        self.layers = method.layers
+        self.prefixes = prefixes(lm, method.prefixes, method.prefix_length)
+        self.device = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[method.layers[-1]]).device
+        self.ridges: dict[int, Ridge] = {layer: self.ridge(layer) for layer in self.layers}
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Second moments of the unedited model's keys at the critical layers."""
+        with Stack.of(self.lm).aside_():
+            return moments_for(self.lm, self.layers, corpus=self.method.corpus, tokens=self.method.tokens)
+
+    def memo(self, make: Callable[[], T], *about: Any) -> T:
+        """What `make` gives, once for each model and `about`: factorisations, which only depend on the unedited model."""
+        kept: dict[tuple[Any, ...], Any] = vars(self.lm.model).setdefault("errata_factors", {})
+        where = (self.layers, self.method.corpus, self.method.tokens, *about)
+        if where not in kept:
+            kept[where] = make()
+        made: T = kept[where]
+        return made
+
+    @abstractmethod
+    def ridge(self, layer: int) -> Ridge:
+        """The write rule of a layer at the beginning of a sequence."""
+
+    def key(self, contexts: Tensor) -> Tensor:
+        """[F, C, d_in] -> [F, d_in]: half the bare prompt's, half the mean behind the prefixes (MEMIT)."""
+        bare = contexts[:, 0]
+        return bare if contexts.shape[1] == 1 else (bare + contexts[:, 1:].mean(1)) / 2
+
+    def values(self, sweep: Sweep, requests: list[Any]) -> Values:
+        """δ at the last critical layer."""
+        return find_values(self.lm, self.layers[-1], requests, sweep.reached, self.method.search, self.objective)
+
+    def shape(self, layer: int, delta: LowRankDelta) -> Delta:
+        """What becomes of Δ before it is written."""
+        return delta
+
+    def remember(self, writes: Writes) -> None:
+        """What is carried on to the next edit."""
+
+    def keep_keys(self, writes: Writes) -> None:
+        """The keys of this edit stay in the sums (AlphaEdit's K_p; MEMIT with history).
+
+        They are the ones that were solved with. Published code computes them once more on the edited model; but the key of a layer
+        depends on the layers below it only, and what was written there was in place when the key was taken, so they are the same.
+        """
+        for layer, key, _ in writes:
+            self.ridges[layer].remember(key)
+
+    def _edit(self, facts: list[Fact]) -> Edit:
+        clock = Stopwatch()
+        requests = [request(self.lm, fact, self.prefixes) for fact in facts]
+        sweep = Sweep(self.lm, requests, self.layers)
+        clock.lap("keys")
+        values = self.values(sweep, requests)
+        clock.lap("value")
+        deltas, writes = self.write(sweep, values, clock)
+        self.remember(writes)
+        clock.lap("write")
+        keys = {self.lm.anatomy.mlp_down[layer]: key for layer, key, _ in writes}
+        diagnostics = {
+            "steps": int(values.steps.max()),
+            "losses": values.losses,
+            "probability": round(float(values.probability.mean()), 6),
+            **self.diagnostics(),
+            "seconds": clock.total,
+            **{f"seconds_{stage}": seconds for stage, seconds in clock.stages.items()},
+        }
+        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys)
+
+    def write(self, sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[list[Delta], Writes]:
+        """Share what is missing out over the layers (MEMIT eq. 20): at layer i of L a part 1 / (L − i) of what is missing then."""
+        target = sweep.reached + values.delta  # z [F, d]
+        deltas: list[Delta] = []
+        writes: Writes = []
+        for i, layer in enumerate(self.layers):
+            key = self.key(sweep.keys)
+            residual = self.residual(i, (target - sweep.reached) / (len(self.layers) - i))
+            clock.lap("keys")
+            delta = self.shape(layer, self.delta(layer, key, residual))
+            clock.lap("write")
+            deltas.append(delta)
+            writes.append((layer, key, residual))
+            sweep.write(lambda k, delta=delta: self.effect(delta, k))  # type: ignore[misc]
+        clock.lap("keys")
+        return deltas, writes
+
+    def residual(self, index: int, residual: Tensor) -> Tensor:
+        """What is written at the layer of that index [F, d]."""
+        return residual
+
+    def delta(self, layer: int, key: Tensor, residual: Tensor) -> LowRankDelta:
+        """Δ = Rᵀ β [d, d_in] for keys [F, d_in] and residuals R [F, d]."""
+        return self.low_rank(layer, residual, self.ridges[layer].solve(key))
+
+    def low_rank(self, layer: int, residual: Tensor, beta: Tensor) -> LowRankDelta:
+        """Δ = Rᵀ β as it is written: residuals R [F, d], activation vectors β [F, d_in]."""
+        path = self.lm.anatomy.mlp_down[layer]
+        dtype = master_dtype(self.lm.anatomy.weight(self.lm.model, path))
+        return LowRankDelta(path, residual.to(dtype).T.contiguous(), beta.to(residual.device, dtype))
+
+    def effect(self, delta: Delta, key: Tensor) -> Tensor:
+        """Δ k for keys [.., d_in]."""
+        if isinstance(delta, LowRankDelta):
+            return (key.to(delta.right) @ delta.right.T) @ delta.left.T
+        assert isinstance(delta, DenseDelta)
+        stored = delta.tensor if is_conv1d(submodule(self.lm.model, delta.path)) else delta.tensor.T
+        return key.to(stored) @ stored
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What a method has to add; ready for JSON."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the write rules remember, too."""
+        return super().state_dict() | {"ridges": {str(layer): ridge.state_dict() for layer, ridge in self.ridges.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Session.load_state_dict`."""
+        super().load_state_dict(state)
+        for layer, ridge in self.ridges.items():
+            ridge.load_state_dict(state["ridges"][str(layer)])
+
+
+class Stopwatch:
+    """Seconds by stage. On an accelerator a stage is timed when its work is asked for, unless something waits for it."""
+
+    def __init__(self) -> None:
+        self.begun = self.last = time.perf_counter()
+        self.stages: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.last
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.begun
