@@ -63,12 +63,11 @@ def texts(source: str | Path | Corpus | None, lm: LanguageModel | None = None) -
         return _file(own, f"{BESIDE} of {name}") if own else _data_set(WIKIPEDIA, _nothing_beside(name))
     if source == BUNDLED:
         return _file(_bundled(), "bundled text of atlas")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_dir() and text.strip():  # nothing at all would be the present folder
         return _folder(path)
     if path.is_file():
         return _file(path, path.name)
-    text = str(source)
     if isinstance(source, Path) or not text.strip() or text.startswith((".", "~", "/", "\\")) or text.endswith(SUFFIXES):
         raise StatisticsError(f"there is no file or folder {text!r}; give a text file, a folder of them, '{BUNDLED}' or a data set's name")
     return _data_set(text, "give a text file instead: corpus=FILE, or --corpus FILE")
