@@ -54,6 +54,8 @@ class Session:
         diagnostics = {"steps": 3, "final_loss": float(torch.rand(())), "losses": [3.0, 2.0]}  # draws from torch's own generator too
         return Edit(self.lm, [LowRankDelta(path, left, right)], facts, {"name": "noise", "size": self.method.size}, None, diagnostics)
 
+    complete = edit
+
 
 def parts(method: str, objective: str, settings: Any) -> tuple[Noise, None]:
     return Noise({"noise": 0.3, "loud": 1.0}[method]), None

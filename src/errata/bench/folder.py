@@ -12,15 +12,15 @@ from typing import Any
 
 from errata.bench.plan import Plan, PlanError, Row
 
-PLAN, RECORDS, RESULTS = "plan.yaml", "records.jsonl", "results.json"
+PLAN, RECORDS, RESULTS, STATE = "plan.yaml", "records.jsonl", "results.json", "state"
 
 Record = dict[str, Any]
 Key = tuple[str, int, str]
 
 
-def key_of(row: Row, case_id: str) -> Key:
-    """What a record is found by: the row's name, its seed, the case."""
-    return row.name, row.seed, case_id
+def key_of(row: Row, what: str) -> Key:
+    """What a record is found by: the row's name, its seed, and the case, or the step of a sequence ("edit 7", "checkpoint 100")."""
+    return row.name, row.seed, what
 
 
 def claim(plan: Plan, out: Path, resume: bool) -> Plan:
@@ -77,10 +77,11 @@ def read_records(path: Path) -> dict[Key, Record]:
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            records[f"{record['method']}+{record['objective']}", record["seed"], record["case"]] = record
+            what = record["step"] if "step" in record else record["case"]
+            records[f"{record['method']}+{record['objective']}", record["seed"], what] = record
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
-                f"{path}, line {number} is damaged ({error!r}); remove the line and resume: the case is measured again"
+                f"{path}, line {number} is damaged ({error!r}); remove the line and resume: it is measured again"
             ) from error
     return records
 

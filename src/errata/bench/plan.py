@@ -17,7 +17,9 @@ import yaml
 
 from errata.facts import EditCase
 
-PROTOCOLS = ("single",)
+PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
+"""Name -> what the number behind it is called; None where it takes none."""
+MEASURES = ("after-sequence", "after-each", "both")
 Settings = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
 
@@ -26,8 +28,33 @@ class PlanError(ValueError):
     """The request itself is wrong: an unknown name or setting, or a run folder that belongs to another plan."""
 
 
+class Protocol(NamedTuple):
+    """In which order edits and measurements follow one another; `size` is the number behind the colon."""
+
+    name: str
+    size: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Protocol:
+        """Read "single" or "sequential:500". Raises PlanError for an unknown name, a missing or a needless number."""
+        name, colon, number = text.partition(":")
+        if name not in PROTOCOLS:
+            known = [kind if what is None else f"{kind}:{what}" for kind, what in PROTOCOLS.items()]
+            raise PlanError(f"unknown protocol {text!r}; there is {', '.join(known)}")
+        if PROTOCOLS[name] is None:
+            if colon:
+                raise PlanError(f"the protocol {name!r} takes no number (got {text!r})")
+            return cls(name, None)
+        if not number.isdecimal() or int(number) < 1:
+            raise PlanError(f"the protocol {name!r} needs a number of edits, for instance {name}:500 (got {text!r})")
+        return cls(name, int(number))
+
+
 class Row(NamedTuple):
-    """One line of the table: a method trained with an objective, under one seed."""
+    """One line of the table: a method trained with an objective, under one seed.
+
+    method: its name, with a label where it stands in the plan with several settings ("deltaedit@eta=2").
+    """
 
     method: str
     objective: str
@@ -40,10 +67,10 @@ class Row(NamedTuple):
     def case_seed(self, case_id: str) -> int:
         """The seed of one edit, 0 to 2³¹ - 1: from what is edited, never from when.
 
-        The objective has no part in it, so that two objectives start from the same adapters and draw the same dropout masks:
-        a paired comparison.
+        Objective and label have no part in it, so that two objectives, or two settings, start from the same adapters and draw the
+        same dropout masks: a paired comparison.
         """
-        digest = hashlib.sha256(json.dumps([self.seed, self.method, case_id]).encode()).digest()
+        digest = hashlib.sha256(json.dumps([self.seed, unlabelled(self.method), case_id]).encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -51,12 +78,18 @@ class Row(NamedTuple):
 class Plan:
     """The effective configuration of a run.
 
-    methods, objectives: names of the registries; every method is run with every objective.
-    protocol: "single" (each case from the unedited model, measured after its edit).
+    methods, objectives: names of the registries; every method is run with every objective. A method may stand there several times,
+        each time with a label of its own behind an "@": "deltaedit@eta=2".
+    protocol: "single" (each case from the unedited model, measured after its edit), or "sequential:N" (N cases in a row, in an order
+        of the seed's own).
+    checkpoints: numbers of edits after which a sequence is measured; N is always one. Empty: five equal parts.
+    measure: "after-sequence": at a checkpoint, every case so far; "after-each": every case right after its own edit; or "both".
+    batch: so many cases of a sequence are edited together.
+    transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
     limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
-        last is for the objective in that company only.
+        last is for the objective in that company only. Those of a labelled method come on top of those of the method.
     threads: torch threads; part of the plan because sums in another order may differ in the last bit.
     data_hash, model_fingerprint, versions: filled in when the run starts, checked when it goes on.
     """
@@ -66,6 +99,10 @@ class Plan:
     methods: tuple[str, ...]
     objectives: tuple[str, ...] = ("ce",)
     protocol: str = "single"
+    checkpoints: tuple[int, ...] = ()
+    measure: str = "after-sequence"
+    batch: int = 1
+    transcripts: tuple[str, ...] = ()
     limit: int | None = None
     split: str | None = None
     seeds: tuple[int, ...] = (0,)
@@ -84,11 +121,45 @@ class Plan:
                 raise PlanError(f"the plan names no {name}")
             if twice := sorted({str(value) for value in values if values.count(value) > 1}):
                 raise PlanError(f"{name}: {', '.join(twice)} stands there twice")
-        if self.protocol not in PROTOCOLS:
-            raise PlanError(f"unknown protocol {self.protocol!r}; there is {', '.join(PROTOCOLS)}")
+        for name in self.methods:
+            if "@" in name and not (unlabelled(name) and name.partition("@")[2]):
+                raise PlanError(f"cannot read the method {name!r}; write a label as method@label, for instance deltaedit@eta=2")
+        self._check_sequence()
         if self.limit is not None and self.limit < 1:
             raise PlanError(f"limit must be at least 1 (got {self.limit}); leave it out for all cases")
         check_owners(self.settings, self.methods, self.objectives)
+
+    def _check_sequence(self) -> None:
+        if self.measure not in MEASURES:
+            raise PlanError(f"unknown measure {self.measure!r}{did_you_mean(self.measure, MEASURES)}")
+        if self.batch < 1:
+            raise PlanError(f"batch must be at least 1 (got {self.batch})")
+        size = Protocol.parse(self.protocol).size
+        if size is None:
+            for name, default in {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": ()}.items():
+                if getattr(self, name) != default:
+                    raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")
+            return
+        if self.limit is not None:
+            raise PlanError(f"the protocol {self.protocol!r} says how many cases there are; leave out limit")
+        if list(self.checkpoints) != sorted({mark for mark in self.checkpoints if 0 < mark <= size}):
+            raise PlanError(f"checkpoints must rise from 1 or more to {size} or less (got {list(self.checkpoints)})")
+        if between := [mark for mark in self.checkpoints if mark % self.batch and mark != size]:
+            raise PlanError(f"after {between[0]} edits there is no checkpoint: {self.batch} are made at a time; give a multiple of that")
+
+    @property
+    def sequence(self) -> int | None:
+        """The number of cases in a sequence; None where the protocol has none."""
+        return Protocol.parse(self.protocol).size
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """The checkpoints, the end of the sequence with them. Raises PlanError where the protocol has no sequence."""
+        size = self.sequence
+        if size is None:
+            raise PlanError(f"the protocol {self.protocol!r} has no checkpoints")
+        parts = (-(-size * part // 5) for part in range(1, 5))
+        return tuple(sorted({*(self.checkpoints or (min(size, -(-mark // self.batch) * self.batch) for mark in parts)), size}))
 
     @property
     def rows(self) -> list[Row]:
@@ -96,7 +167,15 @@ class Plan:
         return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self.objectives]
 
     def draw(self, cases: Sequence[EditCase], seed: int) -> list[EditCase]:
-        """The cases of a seed, in the data's order. Another seed draws others: several seeds say how much the choice of cases matters."""
+        """The cases of a seed, in the data's order; those of a sequence in an order that is drawn too.
+
+        Another seed draws others: several seeds say how much the choice of cases matters. Raises PlanError for a sequence that is
+        longer than the data.
+        """
+        if self.sequence is not None:
+            if self.sequence > len(cases):
+                raise PlanError(f"a sequence of {self.sequence} needs as many cases; {self.data} has {len(cases)}: give at most so many")
+            return random.Random(seed).sample(list(cases), self.sequence)
         if self.limit is None or self.limit >= len(cases):
             return list(cases)
         return [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), self.limit))]
@@ -116,14 +195,14 @@ class Plan:
         if missing := [name for name in ("model", "data", "methods") if not record.get(name)]:
             raise PlanError(f"{where}: field {missing[0]!r} is missing")
         values = dict(record)
-        for name, kind in {"methods": str, "objectives": str, "seeds": int}.items():
+        for name, kind in {"methods": str, "objectives": str, "seeds": int, "checkpoints": int, "transcripts": str}.items():
             if name in values:
                 listed = values[name] if isinstance(values[name], list | tuple) else [values[name]]
                 if not all(type(item) is kind for item in listed):
                     raise PlanError(f"{where}: {name} must be a list of {kind.__name__} (got {values[name]!r})")
                 values[name] = tuple(listed)
-        for name in ("limit", "threads"):
-            if type(values.get(name)) not in (int, type(None)):
+        for name, kinds in {"limit": (int, type(None)), "threads": (int, type(None)), "batch": (int,)}.items():
+            if name in values and type(values[name]) not in kinds:
                 raise PlanError(f"{where}: {name} must be a whole number (got {values[name]!r})")
         settings = values.get("settings") or {}
         if not isinstance(settings, Mapping) or not all(isinstance(inner, Mapping) for inner in settings.values()):
@@ -172,7 +251,8 @@ def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     settings: dict[str, dict[str, Any]] = {}
     for item in items:
-        key, equals, text = item.partition("=")
+        labelled = "@" in item.partition("=")[0]  # a label may have an equals sign of its own: deltaedit@eta=2.eta=2
+        key, equals, text = item.rpartition("=") if labelled else item.partition("=")
         owner, dot, name = key.strip().rpartition(".")
         if not (equals and dot and owner and name):
             raise PlanError(f"cannot read the setting {item!r}; write it as method.name=value, for instance lora.lr=1e-3")
@@ -182,11 +262,17 @@ def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def check_owners(settings: Settings, methods: Iterable[str], objectives: Iterable[str]) -> None:
     """Raise PlanError for settings of a method, an objective or a pair of them that is not used: they would change nothing."""
-    methods, objectives = list(methods), list(objectives)
+    objectives = list(objectives)
+    methods = list(dict.fromkeys(name for method in methods for name in (unlabelled(method), method)))
     known = [*methods, *objectives, *(f"{m}+{o}" for m, o in product(methods, objectives))]
     for name in settings:
         if name not in known:
             raise PlanError(f"settings for {name!r}, which is not used here{did_you_mean(name, known)}")
+
+
+def unlabelled(method: str) -> str:
+    """The method's name in the registry: "deltaedit" of "deltaedit@eta=2"."""
+    return method.partition("@")[0]
 
 
 def known_split(split: str | None) -> Literal["dev", "test"]:

@@ -8,39 +8,43 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from errata.bench.folder import Key, Record, key_of
+from errata.bench.intervals import intervals, rounded, spread
 from errata.bench.plan import Plan, Row
-from errata.metrics.summary import KINDS
+from errata.bench.trajectory import over_marks, sequence_row
 from errata.metrics.summary import summarise as means
 
 PACKAGES = ("errata", "torch", "transformers", "peft", "tokenizers", "numpy")
-RESAMPLES = 1000
 
 
 def summarise(
     plan: Plan, case_ids: Mapping[int, Sequence[str]], records: Mapping[Key, Record], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of `results.json`: rows in the plan's order, each over its seed's cases in the data's order (not the file's)."""
-    keys = {row: [key_of(row, case) for case in case_ids[row.seed]] for row in plan.rows}
-    rows = [_row(plan, row, [records[key] for key in keys[row] if key in records]) for row in plan.rows]
+    """The content of `results.json`: rows in the plan's order, each over its seed's cases in the order in which they were drawn."""
+    if plan.sequence is None:
+        keys = {row: [key_of(row, case) for case in case_ids[row.seed]] for row in plan.rows}
+        rows = [_row(plan, row, [records[key] for key in keys[row] if key in records]) for row in plan.rows]
+    else:
+        rows = [sequence_row(plan, row, case_ids[row.seed], records) for row in plan.rows]
     over = {"over_seeds": over_seeds(rows)} if len(plan.seeds) > 1 else {}
     return {"rows": rows, **over, "environment": dict(environment)}
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Method × objective: mean and standard deviation (n - 1) over the seeds of each metric that every seed has, and of the seconds."""
+    """Method × objective: mean and standard deviation (n - 1) over the seeds of each metric that every seed has, and of the seconds.
+
+    Those of sequences have a list "checkpoints" beside it, with the same for each.
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["objective"]), []).append(row)
     made = []
     for (method, objective), same in groups.items():
-        there = [name for name in same[0]["metrics"] if all(row["metrics"].get(name) is not None for row in same)]
-        values = {name: [row["metrics"][name] for row in same] for name in there}
+        over = spread([row["metrics"] for row in same])
+        marks = {"checkpoints": over_marks(same)} if "checkpoints" in same[0]["metrics"] else {}
         seconds = [row["seconds_per_edit"] for row in same if row["seconds_per_edit"] is not None]
         made.append(
             {
@@ -48,8 +52,8 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "objective": objective,
                 "seeds": [row["seed"] for row in same],
                 "n": sum(row["n"] for row in same),
-                "mean": rounded({name: fmean(column) for name, column in values.items()}),
-                "deviation": rounded({name: stdev(column) for name, column in values.items()}),
+                **over,
+                **marks,
                 "seconds_per_edit": fmean(seconds) if seconds else None,
             }
         )
@@ -71,37 +75,6 @@ def _row(plan: Plan, row: Row, records: Sequence[Record]) -> dict[str, Any]:
         "peak_memory_mb": max((record["peak_memory_mb"] for record in measured), default=None),
         "settings": measured[0]["settings"] if measured else {},
     }
-
-
-def rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Six decimals: beyond them is the order of summation."""
-    return {name: None if value is None else round(value, 6) for name, value in metrics.items()}
-
-
-def intervals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """95 % bootstrap intervals [low, high] in per cent of the columns, their average, and exact generation, over resampled cases.
-
-    A case that lacks a column stays out of it in every resample. The resampling has a seed of its own: the same cases give the same
-    interval.
-    """
-    names = [*KINDS, "generation"]
-    if not records:
-        return {name: [None, None] for name in [*names, "average"]}
-    shares = np.array([[*(r.get(kind) for kind in KINDS), (r.get("generation") or {}).get("exact")] for r in records], dtype=float)
-    n = len(records)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # how often each case: [resamples, n]
-    known = ~np.isnan(shares)  # [n, columns]
-    with np.errstate(invalid="ignore"):
-        columns = 100 * (drawn @ np.where(known, shares, 0.0)) / (drawn @ known)  # [resamples, columns]
-    there = [column for column in range(len(KINDS)) if known[:, column].any()]
-    average = columns[:, there].mean(axis=1) if there else np.full(RESAMPLES, np.nan)
-    return {name: _limits(values) for name, values in zip([*names, "average"], [*columns.T, average], strict=True)}
-
-
-def _limits(values: np.typing.NDArray[np.float64]) -> list[float | None]:
-    """Nothing where the column has no data; resamples that happen to miss all of a rare probe's cases are passed over."""
-    there = values[~np.isnan(values)]
-    return [round(float(limit), 6) for limit in np.percentile(there, [2.5, 97.5])] if len(there) else [None, None]
 
 
 def dump(results: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
-"""Run a plan: for every row and case edit, apply, measure, revert, and write the line down before the next begins."""
+"""Run a plan. The single protocol is here: for every row and case edit, apply, measure, revert, and write the line down before the next
+begins; a sequence is in `errata.bench.sequence`."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import data, methods
-from errata.bench.folder import RECORDS, RESULTS, Key, Record, append, claim, key_of, read_records, start, write_whole
-from errata.bench.memory import watch_peak
-from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases
-from errata.bench.results import dump, environment, intervals, rounded, summarise, versions
+from errata.bench import sequence
+from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
+from errata.bench.intervals import intervals, rounded
+from errata.bench.making import short, watched
+from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
+from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
 from errata.lm import LanguageModel
@@ -40,14 +44,16 @@ def run(
     load: Callable[[], LanguageModel] | None = None,
     cases: Sequence[EditCase] | None = None,
     progress: Progress | None = None,
+    snapshot_every: int = 50,
 ) -> dict[str, Any]:
     """Run `plan` into the folder `out`; the content of its `results.json`.
 
     resume: go on with what the folder holds; cases that have a line are not measured again. Without a run in the folder, begin.
     load, cases: the model and the cases where they are not what `plan.model` and `plan.data` name.
+    snapshot_every: after so many edits of a sequence its state is written; what came after is done again when the run goes on.
 
-    What a case yields depends on plan, case and seed, not on what ran before it; so however often a run is stopped, its results
-    are those of an undisturbed one, up to measured time and memory.
+    What a case yields depends on plan, case and seed (in a sequence also on the edits before it), not on when it ran; so however often
+    a run is stopped, its results are those of an undisturbed one, up to measured time and memory.
 
     Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
     cannot edit (FactError) becomes a line with the field `error`, is counted as `failed`, and is in no mean.
@@ -65,26 +71,34 @@ def run(
     lm = (load or (lambda: load_model(plan.model)))()
     with _threads(plan.threads) as threads:
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
+        drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
         start(plan, out)
         records = read_records(out / RECORDS)
-        drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
-        _fill(rows, drawn, lm, out / RECORDS, records, progress)
+        if plan.sequence is None:
+            _fill(rows, drawn, lm, out / RECORDS, records, progress)
+        else:
+            sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
     results = summarise(plan, {seed: [case.id for case in chosen] for seed, chosen in drawn.items()}, records, where)
     write_whole(out / RESULTS, dump(results))
+    shutil.rmtree(out / STATE, ignore_errors=True)
     return results
 
 
 def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Objective]:
     """A method and an objective by name, with what `settings` says for the method, the objective, and this pair.
 
+    A labelled method ("deltaedit@eta=2") begins with the settings of the method without its label.
+
     The objective begins with the method's own values (the papers' ε differs from method to method). Raises ValueError for an unknown
     name, PlanError for a setting that does not fit.
     """
-    editor = configure(methods.get(method), settings.get(method, {}), method)
-    chosen = {**settings.get(objective, {}), **settings.get(f"{method}+{objective}", {})}
+    plain = unlabelled(method)
+    editor = configure(methods.get(plain), {**settings.get(plain, {}), **settings.get(method, {})}, method)
+    pairs = {**settings.get(f"{plain}+{objective}", {}), **settings.get(f"{method}+{objective}", {})}
+    chosen = {**settings.get(objective, {}), **pairs}
     return editor, configure(editor.objective(objective), chosen, objective)
 
 
@@ -134,15 +148,10 @@ def _measure(
     """One case: edit the unedited model, measure, and leave it as it was."""
     record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
     seed = row.case_seed(case.id)
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)  # for what draws from torch's own generator
-        peak, clock = watch_peak(lm.device), time.perf_counter()
-        try:
-            edit = method.start(lm, objective=objective, seed=seed).edit(case.facts)
-        except FactError as error:
-            return record | {"error": str(error)}
-        _wait_for(lm.device)
-        seconds, memory = time.perf_counter() - clock, peak()
+    try:
+        edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
+    except FactError as error:
+        return record | {"error": str(error)}
     clock = time.perf_counter()
     with edit.applied_():
         outcome = _outcome(lm, case, before)
@@ -151,7 +160,7 @@ def _measure(
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
         "peak_memory_mb": round(memory, 1),
         "settings": {"method": edit.method, "objective": edit.objective},
-        "diagnostics": _short(edit.diagnostics),
+        "diagnostics": short(edit.diagnostics),
     }
 
 
@@ -160,16 +169,6 @@ def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_for
     outcome = teacher_forced.score(lm, case, before).to_dict()
     del outcome["id"]
     return outcome | {"generation": generation.score(lm, case).to_dict()}
-
-
-def _short(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
-    """What is one value; curves stay with the edit."""
-    return {name: value for name, value in diagnostics.items() if isinstance(value, bool | int | float | str)}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

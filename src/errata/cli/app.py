@@ -197,7 +197,19 @@ def bench(
     data: Annotated[str | None, typer.Option(metavar="D", help="A data set's name or a file.")] = None,
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list methods'.")] = None,
     objectives: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list objectives' (default: ce).")] = None,
-    protocol: Annotated[str | None, typer.Option(metavar="P", help="single: each case from the unedited model.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="P", help="single (default): each case from the unedited model. sequential:N: N in a row.")
+    ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Measure a sequence after so many edits (default: five equal parts).")
+    ] = None,
+    measure: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints), after-each (its own edit), or both.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Edit N cases of a sequence together (default: 1).")] = None,
+    transcript: Annotated[
+        list[str] | None, typer.Option(metavar="PROMPT", help="Keep how the model goes on here, before and after a sequence.")
+    ] = None,
     limit: LimitOption = None,
     split: SplitOption = None,
     seed: Annotated[str | None, typer.Option(metavar="S", help="One seed, or several: 0,1,2 (default: 0).")] = None,
@@ -210,16 +222,20 @@ def bench(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Methods × objectives over a data set: edit, measure, revert. May be stopped at any moment and resumed."""
+    """Methods × objectives over a data set: one edit at a time or many in a row. May be stopped at any moment and resumed."""
     given = {
         "model": model,
         "data": data,
         "methods": _names(methods),
         "objectives": _names(objectives),
         "protocol": protocol,
+        "checkpoints": _numbers("--checkpoints", checkpoints),
+        "measure": measure,
+        "batch": batch,
+        "transcripts": transcript or None,
         "limit": limit,
         "split": split,
-        "seeds": _seeds(seed),
+        "seeds": _numbers("--seed", seed),
         "threads": threads,
     }
     base = Plan.read(plan).to_dict() if plan else {}
@@ -293,11 +309,11 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _seeds(text: str | None) -> list[int] | None:
+def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(f"--seed must be whole numbers like 0 or 0,1,2 (got {text!r})") from None
+        raise PlanError(f"{option} must be whole numbers like 1 or 1,2,3 (got {text!r})") from None
 
 
 def _what(plan: Path | None) -> str:
@@ -315,3 +331,6 @@ def _free(parent: Path, name: str) -> Path:
 def _folder(edits: Path | None) -> None:
     if edits is not None and not edits.is_dir():
         raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")
+
+
+from errata.cli import stats  # noqa: E402, F401  # adds its commands to `app`; it needs the options above

@@ -22,6 +22,16 @@ COLUMNS = {
     "average": "Avg.",
     "generation": "EM",
 }
+SEQUENCE_COLUMNS = {
+    "efficacy_top": "Eff↑",
+    "generalization_top": "Gen↑",
+    "specificity_top": "Spe↑",
+    "efficacy_larger": "Eff>",
+    "generalization_larger": "Gen>",
+    "specificity_larger": "Spe>",
+    "score": "S",
+    "generation": "EM",
+}
 WIDTH_WHERE_NO_TERMINAL = 120
 
 
@@ -36,8 +46,10 @@ def note(text: str) -> None:
 
 
 def table(results: Mapping[str, Any]) -> None:
-    """The table of a run: percentages, with the half width of their 95 % interval, seconds an edit, peak memory."""
+    """The table of a run: percentages, with the half width of their 95 % interval, seconds an edit, peak memory; see also `_sequences`."""
     rows: Sequence[Mapping[str, Any]] = results["rows"]
+    if any("checkpoints" in row["metrics"] for row in rows):
+        return _sequences(results)
     there = [name for name in COLUMNS if any(row["metrics"].get(name) is not None for row in rows)]
     drawn = Table("method", "objective", box=None, pad_edge=False)
     for heading in ["n", *(["seed"] if len({row["seed"] for row in rows}) > 1 else []), *(COLUMNS[name] for name in there), "s/edit", "MB"]:
@@ -69,6 +81,65 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], there: Sequence[str]) -> Tabl
     for row in rows:
         figures = [f"{row['mean'][name]:.1f} ±{row['deviation'][name]:.1f}" if name in row["mean"] else _figure(None) for name in there]
         drawn.add_row(row["method"], row["objective"], str(row["n"]), *figures, _figure(row["seconds_per_edit"], 2))
+    return drawn
+
+
+def _sequences(results: Mapping[str, Any]) -> None:
+    """The tables of sequences: where each row ended, how it came there, and the means over the seeds if there are several."""
+    rows: Sequence[Mapping[str, Any]] = results["rows"]
+    over: Sequence[Mapping[str, Any]] = results.get("over_seeds", [])
+    there = [name for name in SEQUENCE_COLUMNS if any(row["metrics"].get(name) is not None for row in rows)]
+    seeds = ["seed"] if over else []
+
+    def owner(row: Mapping[str, Any]) -> list[str]:
+        return [row["method"], row["objective"], *([str(row["seed"])] if over else [])]
+
+    drawn = _with_columns(["method", "objective", *seeds], ["n", *(SEQUENCE_COLUMNS[name] for name in there), "noise", "s/edit", "failed"])
+    for row in rows:
+        cells = [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in there]
+        noise = _power(row["metrics"].get("noise"))
+        drawn.add_row(*owner(row), str(row["n"]), *cells, noise, _figure(row["seconds_per_edit"], 2), str(row["failed"]))
+    _print(drawn)
+    if over:
+        ends = [(entry["method"], entry["objective"], str(entry["n"]), entry) for entry in over]
+        _print(_spreads(f"mean of {len(over[0]['seeds'])} seeds ± standard deviation", "n", ends, there))
+        marks = [(entry["method"], entry["objective"], str(mark["edits"]), mark) for entry in over for mark in entry["checkpoints"]]
+        _print(_spreads("on the way, mean over seeds", "edits", marks, there))
+    else:
+        drawn = _with_columns(["method", "objective"], ["edits", *(SEQUENCE_COLUMNS[name] for name in there), "noise", "kᵀβ"])
+        drawn.title = "on the way"
+        for row in rows:
+            for mark in row["metrics"]["checkpoints"]:
+                cells = [_figure(mark.get(name)) for name in there]
+                drawn.add_row(*owner(row), str(mark["edits"]), *cells, _power(mark["noise"]), _power(mark["k_beta"]))
+        _print(drawn)
+    _print(
+        Text(
+            f"{rows[0]['protocol']}, {rows[0]['batch']} at a time, measured: {rows[0]['measure']}. "
+            "Per cent ± half a 95 % bootstrap interval. ↑: the answer is on top. >: it is likelier than its rival. "
+            "Eff: edit prompts, Gen: rephrasings, Spe: neighbours keep the model's own answer. S: harmonic mean of the three with >. "
+            "EM: greedy generation on the edit prompt, exact match. noise, kᵀβ: of the last edited layer.",
+            style="dim",
+        )
+    )
+
+
+def _spreads(title: str, count: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]], there: Sequence[str]) -> Table:
+    """(method, objective, count, {"mean", "deviation"}) a line."""
+    drawn = _with_columns(["method", "objective"], [count, *(SEQUENCE_COLUMNS[name] for name in there), "noise"])
+    drawn.title = title
+    for method, objective, number, entry in rows:
+        mean, deviation = entry["mean"], entry["deviation"]
+        cells = [f"{mean[name]:.1f} ±{deviation[name]:.1f}" if name in mean else _figure(None) for name in there]
+        noise = f"{_power(mean['noise'])} ±{_power(deviation['noise'])}" if "noise" in mean else _figure(None)
+        drawn.add_row(method, objective, number, *cells, noise)
+    return drawn
+
+
+def _with_columns(text: Sequence[str], figures: Sequence[str]) -> Table:
+    drawn = Table(*text, box=None, pad_edge=False)
+    for heading in figures:
+        drawn.add_column(heading, justify="right")
     return drawn
 
 
@@ -137,6 +208,11 @@ def _print(drawn: Table | Text) -> None:
 
 def _figure(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _power(value: float | None) -> str:
+    """Three digits, whatever the size."""
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
