@@ -144,6 +144,13 @@ class Stack:
                     self._weight(path).copy_(edited[path] if path in edited else self._sum(path))
             self._aside = False
 
+    def change(self, path: str) -> tuple[Tensor, Tensor]:
+        """W₀ and W − W₀ of a module's weight, as stored, the second before any cast. Raises EditError if no active edit touches it."""
+        if path not in self._kept:
+            raise EditError(f"no applied edit touches {path!r}; there are {', '.join(self.touched) or 'none'}")
+        now = self._sum(path)
+        return self._kept[path].original, now - self._kept[path].original.to(now)
+
     def _refuse_aside(self) -> None:
         if self._aside:
             raise EditError("the edits are set aside for the moment; leave `aside_()` before anything is applied, reverted or folded")

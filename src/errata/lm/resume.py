@@ -36,6 +36,20 @@ def states_at(lm: LanguageModel, batch: Batch, layer: int) -> Tensor:
     return seen[0].detach()
 
 
+@torch.no_grad()
+def run_to(lm: LanguageModel, batch: Batch, layer: int) -> None:
+    """Run the layers up to and with `layer`, none above it, and no head; what is wanted is taken with `capture`.
+
+    Inside `from_layer` it begins there. Raises ModelError if there is no such layer.
+    """
+    layers = _layers(lm, layer)
+    with ExitStack() as stack:
+        for module in layers[layer + 1 :]:
+            stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
+        batch = batch.to(lm.device)
+        lm.model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
 @contextmanager
 def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
     """While it lasts, `lm.target_logits` and `lm.model` with the batch of `states` run only the layers >= `layer`.
