@@ -81,6 +81,25 @@ def test_seed_of_a_case_depends_on_method_seed_and_case_only() -> None:
         ({"methods": []}, "'methods' is missing"),
         ({"methods": ["ft-m", "ft-m"]}, "ft-m stands there twice"),
         ({"protocol": "parallel"}, "unknown protocol 'parallel'"),
+        ({"protocol": "sequential"}, r"'sequential' needs a number of edits, for instance sequential:500"),
+        ({"protocol": "sequential:0", "limit": None}, "needs a number of edits"),
+        ({"protocol": "sequential:-3", "limit": None}, "needs a number of edits"),
+        ({"protocol": "single:3"}, "'single' takes no number"),
+        ({"protocol": "sequential:9"}, "leave out limit"),
+        ({"protocol": "sequential:9", "limit": None, "checkpoints": [3, 10]}, r"must rise from 1 or more to 9 or less \(got \[3, 10\]\)"),
+        ({"protocol": "sequential:9", "limit": None, "checkpoints": [6, 3]}, "checkpoints must rise"),
+        ({"protocol": "sequential:9", "limit": None, "checkpoints": ["3"]}, "checkpoints must be a list of int"),
+        ({"protocol": "sequential:9", "limit": None, "checkpoints": [4], "batch": 3}, "after 4 edits there is no checkpoint"),
+        ({"protocol": "sequential:9", "limit": None, "measure": "after"}, "unknown measure 'after'; did you mean 'after-"),
+        ({"protocol": "sequential:9", "limit": None, "batch": 0}, "batch must be at least 1"),
+        ({"protocol": "sequential:9", "limit": None, "batch": None}, "batch must be a whole number"),
+        ({"checkpoints": [3]}, "checkpoints belongs to a sequence"),
+        ({"batch": 2}, "batch belongs to a sequence"),
+        ({"measure": "both"}, "measure belongs to a sequence"),
+        ({"transcripts": ["The capital of"]}, "transcripts belongs to a sequence"),
+        ({"methods": ["ft-m@", "lora"]}, "cannot read the method 'ft-m@'; write a label as method@label"),
+        ({"methods": ["ft-m@a", "ft-m@a", "lora"]}, "ft-m@a stands there twice"),
+        ({"settings": {"ft-m@slow": {"lr": 1.0}}}, "settings for 'ft-m@slow', which is not used here"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"limit": "many"}, "limit must be a whole number"),
         ({"seeds": ["zero"]}, "seeds must be a list of int"),
@@ -155,3 +174,38 @@ def test_each_seed_draws_its_own_cases() -> None:
     assert drawn[0] != drawn[1] and all(len(set(ids)) == 20 and ids == sorted(ids, key=int) for ids in drawn.values())
     assert plan.draw(cases, 0) == plan.draw(cases, 0)
     assert replace(plan, limit=None).draw(cases, 0) == replace(plan, limit=50).draw(cases, 1) == cases
+
+
+SEQUENCE = replace(PLAN, limit=None, protocol="sequential:50")
+
+
+def test_checkpoints_end_with_the_sequence() -> None:
+    assert SEQUENCE.marks == (10, 20, 30, 40, 50)
+    assert replace(SEQUENCE, checkpoints=(7, 20)).marks == (7, 20, 50) == replace(SEQUENCE, checkpoints=(7, 20, 50)).marks
+    assert replace(SEQUENCE, protocol="sequential:3").marks == (1, 2, 3)
+    assert replace(SEQUENCE, batch=7).marks == (14, 21, 35, 42, 50), "where a step ends"
+    assert (SEQUENCE.sequence, PLAN.sequence) == (50, None)
+    with pytest.raises(PlanError, match="'single' has no checkpoints"):
+        _ = PLAN.marks
+
+
+def test_a_seed_draws_an_order_too() -> None:
+    cases = [EditCase(str(i), (Fact("The capital of {} is", "France", "Rome"),)) for i in range(50)]
+    drawn = {seed: [case.id for case in SEQUENCE.draw(cases, seed)] for seed in (0, 1)}
+    assert drawn[0] != drawn[1] and sorted(drawn[0]) == sorted(drawn[1]) == sorted(case.id for case in cases)
+    assert SEQUENCE.draw(cases, 0) == SEQUENCE.draw(cases, 0)
+    with pytest.raises(PlanError, match="a sequence of 50 needs as many cases; atlas has 49"):
+        SEQUENCE.draw(cases[1:], 0)
+
+
+def test_a_label_has_no_part_in_the_seed_but_in_the_name() -> None:
+    """A sweep is a paired comparison."""
+    plain, labelled = Row("lora", "ce", 0), Row("lora@r=4", "ce", 0)
+    assert plain.case_seed("a") == labelled.case_seed("a") and plain.name != labelled.name == "lora@r=4+ce"
+
+
+def test_settings_of_labels_from_the_command_line() -> None:
+    read = parse_settings(["deltaedit@eta=0.5.eta=0.5", "deltaedit.eta=2", "lora@big+ce.lr=1"])
+    assert read == {"deltaedit@eta=0.5": {"eta": 0.5}, "deltaedit": {"eta": 2}, "lora@big+ce": {"lr": 1}}
+    plan = Plan("m", "d", ("deltaedit@eta=0.5", "lora@big"), settings=read)
+    assert Plan.from_dict(plan.to_dict()) == plan

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+import errata
 from errata import methods
 from errata.bench import run as module
 from errata.bench.folder import RECORDS, RESULTS, STATE
 from errata.bench.plan import Plan, PlanError
 from errata.bench.sequence import steps
+from errata.data import atlas
 from errata.edits import DenseDelta, Edit, LowRankDelta, Stack
 from errata.edits.delta import Delta
 from errata.facts import EditCase, Fact, FactError, Probe
@@ -385,6 +387,39 @@ def test_a_sequence_longer_than_the_data_is_refused_before_anything_is_written(t
     with pytest.raises(PlanError, match=r"a sequence of 9 needs as many cases; few has 8"):
         go(tmp_path / "run", lm, replace(PLAN, protocol="sequential:9"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_method_goes_on_to_the_same_bits(tmp_path: Path, batch: int) -> None:
+    """On the bundled model, whatever a method carries from edit to edit: stopped again and again, after every fourth edit."""
+    lm = errata.load("atlas")
+    names = tuple(methods.NAMES)
+    settings = {"ft-m": {"steps": 2}, "ft-l": {"steps": 2}, "lora": {"steps": 2}}
+    settings |= {name: {"steps": 3} for name in names if name not in settings}
+    plan = Plan("atlas", "atlas", names, protocol="sequential:5", checkpoints=(4,), batch=batch, settings=settings, split="test")
+    data = atlas.cases("test")[:20]
+    whole = go(tmp_path / "whole", lm, plan, data)
+    seen = 0
+
+    def stop(done: int, of: int, what: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % (4 if batch == 1 else 2) == 0:
+            raise Stop
+
+    stops = 0
+    while True:
+        try:
+            results = go(tmp_path / "stopped", lm, plan, data, resume=True, progress=stop, snapshot_every=2)
+            break
+        except Stop:
+            stops += 1
+    assert stops >= len(names)
+    for row, other in zip(untimed(whole)["rows"], untimed(results)["rows"], strict=True):
+        assert row == other, row["method"]
+    different = {row["weights_sha256"] for row in whole["rows"]}
+    assert len(different) >= len(names) - 2, "after so few edits DeltaEdit is AlphaEdit, and PRUNE is MEMIT"
 
 
 @pytest.mark.slow

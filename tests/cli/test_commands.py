@@ -100,6 +100,32 @@ def test_bench_and_resume(model: str, data: str, tmp_path: Path, capsys: pytest.
     assert code == 0 and json.loads(printed) == results, "plan.yaml is a plan"
 
 
+def test_bench_of_sequences(model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    argv = ["bench", "--model", model, "--data", data, "--methods", "ft-m,ft-m@steps=1", "--out", str(out), "--seed", "0,1"]
+    argv += ["--protocol", "sequential:3", "--checkpoints", "1,2", "--measure", "both", "--transcript", PROMPT]
+    argv += ["--set", "ft-m.steps=3", "--set", "ft-m@steps=1.steps=1"]
+    code, printed, err = said(capsys, *argv, "--json")
+    assert code == 0, err
+    results = json.loads(printed)
+    assert [(row["method"], row["seed"], row["n"]) for row in results["rows"]] == [
+        ("ft-m", 0, 3),
+        ("ft-m@steps=1", 0, 3),
+        ("ft-m", 1, 3),
+        ("ft-m@steps=1", 1, 3),
+    ]
+    assert [mark["edits"] for mark in results["rows"][0]["metrics"]["checkpoints"]] == [1, 2, 3]
+    assert results["rows"][0]["transcripts"][0]["prompt"] == PROMPT
+    code, printed, err = said(capsys, *argv, "--resume")
+    assert code == 0 and "Eff↑" in printed and "noise" in printed and "sequential:3" in printed, err
+    code, printed, err = said(capsys, "bench", str(out / "plan.yaml"), "--out", str(out), "--resume", "--json")
+    assert code == 0 and json.loads(printed) == results, "plan.yaml is a plan"
+    code, _, err = said(capsys, *argv[:-4], "--checkpoints", "two")
+    assert code == 2 and "--checkpoints must be whole numbers" in err
+    code, _, err = said(capsys, "bench", "--model", model, "--data", data, "--methods", "ft-m", "--protocol", "sequential:4")
+    assert code == 2 and "a sequence of 4 needs as many cases" in err
+
+
 def test_runs_without_a_name_get_folders_of_their_own(
     model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

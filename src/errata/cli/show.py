@@ -137,9 +137,11 @@ def _spreads(title: str, count: str, rows: Sequence[tuple[str, str, str, Mapping
 
 
 def _with_columns(text: Sequence[str], figures: Sequence[str]) -> Table:
-    drawn = Table(*text, box=None, pad_edge=False)
+    drawn = Table(box=None, pad_edge=False)
+    for heading in text:
+        drawn.add_column(heading, no_wrap=True)
     for heading in figures:
-        drawn.add_column(heading, justify="right")
+        drawn.add_column(heading, justify="right", no_wrap=heading in ("noise", "kᵀβ"))
     return drawn
 
 
