@@ -1,6 +1,6 @@
 """What a locate-then-edit edit costs: errata beside the same edits made plainly, as published (plain.py), in the same run.
 
-    python benchmarks/locate.py                          everything: about an hour on one quiet core, 6 GB of memory
+    python benchmarks/locate.py                          everything: about 40 minutes on one core, 6 GB of memory
     python benchmarks/locate.py --parts a,b --models atlas      two minutes
     python benchmarks/locate.py --parts c --widths 6400         a minute
     python benchmarks/locate.py --quick                         every part on toys, to see that it runs
@@ -375,7 +375,7 @@ def _stages(row: Row) -> None:
     print("   " + f"{'':8}" + "".join(f"{stage + ' s':>12}" for stage in STAGES) + f"{'p(target)':>12}")
     for which in ("plain", "errata"):
         times = "".join(f"{row[which][stage]:12.3f}" for stage in STAGES)
-        print(f"   {which:8}{times}{row[which]['probability']:12.4f}")
+        print(f"   {which:8}{times}{row[which]['probability']:12.3g}")
     print(f"   {'ratio':8}" + "".join(f"{row['plain'][stage] / row['errata'][stage]:12.1f}" for stage in STAGES))
 
 
