@@ -13,7 +13,7 @@ import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, check_owners, known_split, parse_settings
+from errata.bench.plan import Plan, PlanError, Protocol, check_owners, known_split, parse_settings
 from errata.cli import show
 from errata.facts import Fact, read_facts
 
@@ -109,7 +109,7 @@ def edit(
     editor, loss = parts(method, objective, settings)
     lm = _load(model, device, dtype)
     before = [lm.complete(item.text) for item in wanted]
-    made = editor.start(lm, objective=loss, seed=seed).edit(wanted)
+    made = editor.start(lm, objective=loss, seed=seed).complete(wanted)
     with made.applied_():
         after = [lm.complete(item.text) for item in wanted]
     made.save(out)
@@ -239,6 +239,8 @@ def bench(
         "threads": threads,
     }
     base = Plan.read(plan).to_dict() if plan else {}
+    if plan and protocol is not None and checkpoints is None:  # those of a shorter sequence still fit; without any, its own default
+        base["checkpoints"] = [mark for mark in base["checkpoints"] if mark <= (Protocol.parse(protocol).size or 0)]
     settings = {owner: dict(values) for owner, values in base.get("settings", {}).items()}
     for owner, values in parse_settings(setting or ()).items():
         settings.setdefault(owner, {}).update(values)
@@ -259,6 +261,8 @@ def bench(
     else:
         show.table(result)
         show.note(f"{out}: plan.yaml, records.jsonl, results.json")
+    if wanted.drawings:
+        draw.after_bench(wanted, out, result, data_dir, shown=not as_json)
     if failed := sum(row["failed"] for row in result["rows"]):
         raise Failed(f"{failed} edits could not be made; the field 'error' of {out / 'records.jsonl'} says why")
 
@@ -333,4 +337,4 @@ def _folder(edits: Path | None) -> None:
         raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")
 
 
-from errata.cli import stats  # noqa: E402, F401  # adds its commands to `app`; it needs the options above
+from errata.cli import draw, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above

@@ -112,6 +112,14 @@ class LanguageModel:
         positions [B, Tm] long: columns of the B texts that run; read where mask [B, Tm] bool is True.
         Raises ValueError if it is True nowhere.
         """
+        logits = self.rows_at(positions, mask, **inputs)
+        if len(logits) == mask.numel():
+            return logits.view(*mask.shape, -1)
+        rows, columns = mask.to(logits.device).nonzero(as_tuple=True)
+        return logits.new_zeros(*mask.shape, logits.shape[-1]).index_put((rows, columns), logits)
+
+    def rows_at(self, positions: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+        """`logits_at` without padding: [N, V] for the N places where `mask` is True, text by text."""
         rows, columns = mask.nonzero(as_tuple=True)  # [N] each
         if not len(rows):
             raise ValueError("the batch holds no targets; encode the prompts with a target")
@@ -127,10 +135,7 @@ class LanguageModel:
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]  # [N, V]
-        if len(logits) == mask.numel():
-            return logits.view(*mask.shape, -1)
-        place = (rows.to(logits.device), columns.to(logits.device))
-        return logits.new_zeros(*mask.shape, logits.shape[-1]).index_put(place, logits)
+        return logits
 
     def complete(self, prompt: str, max_new_tokens: int = 16) -> str:
         """Greedy continuation of a prompt; only the new text."""

@@ -8,7 +8,7 @@ run; after that the model itself is called as usual, as if it went on with a tex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +78,15 @@ class Suffix:
         Differentiable in `states`. The values are those of `lm.target_logits` on the whole texts, with these states in their places.
         Raises ModelError for states of another shape.
         """
+        return self._run(self._lm.logits_at, states)
+
+    def rows(self, states: Tensor) -> Tensor:
+        """`logits` without padding: [N, V] for the N places where `mask` is True, text by text."""
+        return self._run(self._lm.rows_at, states)
+
+    def _run(self, head: Callable[..., Tensor], states: Tensor) -> Tensor:
         with from_layer(self._lm, self._layer, states):
-            return self._lm.logits_at(
-                self._positions, self.mask, **self._inputs, past_key_values=self._cache, use_cache=self._cache is not None
-            )
+            return head(self._positions, self.mask, **self._inputs, past_key_values=self._cache, use_cache=self._cache is not None)
 
     def keep(self, rows: Tensor) -> Suffix:
         """These texts alone (rows: indices [K], or bool [B]), without the padding that the others needed: S and Tm may shrink.

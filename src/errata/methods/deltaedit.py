@@ -144,15 +144,17 @@ class _Delta(AlphaSession):
         self.threshold.update(noise)
         return above
 
-    def _free_of_history(self, rows: Tensor) -> Tensor:
-        """P_α (eq. 20) for the facts that are bound, the others as they are. rows [F, d]."""
-        each = self.directions if len(self.directions) == len(rows) else self.directions * len(rows)
-        free = torch.cat([project_out(row, directions) for row, directions in zip(rows.split(1), each, strict=True)])
-        return torch.where(self.bound.unsqueeze(-1), free, rows)
+    def _free_of_history(self, rows: Tensor, facts: Tensor) -> Tensor:
+        """P_α (eq. 20) for those of the facts [A] that are bound, the others as they are. rows [A, d]."""
+        if len(self.directions) == 1:
+            free = project_out(rows, self.directions[0])
+        else:
+            free = torch.cat([project_out(row[None], self.directions[i]) for row, i in zip(rows, facts.tolist(), strict=True)])
+        return torch.where(self.bound[facts].unsqueeze(-1), free, rows)
 
     def residual(self, index: int, residual: Tensor) -> Tensor:
         if self.method.strict and index == len(self.layers) - 1 and bool(self.bound.any()):
-            return self._free_of_history(residual)
+            return self._free_of_history(residual, torch.arange(len(residual), device=residual.device))
         return residual
 
     def shape(self, layer: int, delta: LowRankDelta) -> Delta:

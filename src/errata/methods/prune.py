@@ -12,7 +12,7 @@ from errata.edits.stack import Stack
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
 from errata.methods.base import Session
-from errata.methods.locate.spectrum import restrain
+from errata.methods.locate.spectrum import growth_base, restrain
 from errata.methods.memit import MEMIT, MemitSession
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class PRUNE(MEMIT):
     paper: ClassVar[str] = "arXiv 2405.16821"
 
     growth: str = "log"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        growth_base(self.growth)  # unknown ones are refused
 
     @property
     def name(self) -> str:  # type: ignore[override]

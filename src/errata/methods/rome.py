@@ -80,7 +80,7 @@ class _Rome(LocateSession):
         key = sweep.keys[:, 0] if self.method.key == "mixed" else mean
         with torch.no_grad():
             residual = sweep.outputs[:, 0] + values.delta - submodule(self.lm.model, self.lm.anatomy.mlp_down[layer])(key)
-        beta = self.ridges[layer].solve(mean)
+        beta = self.solve(layer, mean)
         if self.method.key == "mixed":  # the same direction, of another length: β k = 1 at the bare prompt's key
             beta = torch.linalg.solve(beta @ key.to(beta).T, beta)
         return [self.low_rank(layer, residual, beta)], [(layer, key, residual)]

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
+from errata.edits.errors import EditError
 from errata.edits.stack import Stack
-from errata.facts import Fact
+from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
@@ -185,6 +187,7 @@ class LocateSession(Session):
         clock = Stopwatch()
         requests = [request(self.lm, fact, self.prefixes) for fact in facts]
         sweep = Sweep(self.lm, requests, self.layers)
+        self._refuse_runaway(sweep.keys, sweep.reached)
         clock.lap("keys")
         values = self.values(sweep, requests)
         clock.lap("value")
@@ -225,12 +228,28 @@ class LocateSession(Session):
 
     def delta(self, layer: int, key: Tensor, residual: Tensor) -> LowRankDelta:
         """Δ = Rᵀ β [d, d_in] for keys [F, d_in] and residuals R [F, d]."""
-        return self.low_rank(layer, residual, self.ridges[layer].solve(key))
+        return self.low_rank(layer, residual, self.solve(layer, key))
+
+    def solve(self, layer: int, key: Tensor) -> Tensor:
+        """β [F, d_in]. Raises EditError where the numbers have run away, FactError where facts of one edit cannot be told apart."""
+        self._refuse_runaway(key)
+        try:
+            return self.ridges[layer].solve(key)
+        except ArithmeticError as error:
+            raise EditError(f"{self.method.name} cannot go on: {error}") from error
+        except ValueError as error:
+            raise FactError(f"these facts cannot be written together: {error}") from error
+
+    def _refuse_runaway(self, *tensors: Tensor) -> None:
+        """A history must never take in what is not finite: it would spoil all later edits."""
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise EditError(f"hidden states of {self.lm.name} are not finite any more, after {self.count} edits; revert some of them")
 
     def low_rank(self, layer: int, residual: Tensor, beta: Tensor) -> LowRankDelta:
         """Δ = Rᵀ β as it is written: residuals R [F, d], activation vectors β [F, d_in]."""
         path = self.lm.anatomy.mlp_down[layer]
         dtype = master_dtype(self.lm.anatomy.weight(self.lm.model, path))
+        self._refuse_runaway(residual, beta)
         return LowRankDelta(path, residual.to(dtype).T.contiguous(), beta.to(residual.device, dtype))
 
     def effect(self, delta: Delta, key: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def restrain(original: Tensor, change: Tensor, variant: str = "log") -> Tensor:
     """
     if original.shape != change.shape or change.dim() != 2:
         raise ValueError(f"the change must have the shape of the matrix it is added to: {list(change.shape)} for {list(original.shape)}")
-    base = _base(variant)
+    base = growth_base(variant)
     change = change.double()
     limit = float(torch.linalg.matrix_norm(original.double(), ord=2))
     if float(change.norm()) <= limit:  # no singular value is larger than the Frobenius norm: nothing to decompose
@@ -36,8 +36,8 @@ def restrain(original: Tensor, change: Tensor, variant: str = "log") -> Tensor:
     return torch.addmm(change, left * (restrained - sigma), right)
 
 
-def _base(variant: str) -> float | None:
-    """The logarithm's base; None for "linear"."""
+def growth_base(variant: str) -> float | None:
+    """The logarithm's base; None for "linear". Raises ValueError for an unknown variant."""
     if variant == "linear":
         return None
     if variant == "log":

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from errata.lm.tokens import Batch, Encoded
     from errata.methods.locate.contexts import Request
 
-Projector = Callable[[Tensor], Tensor]
+Projector = Callable[[Tensor, Tensor], Tensor]
+GROUP = 64
+"""At most so many facts run together; beyond it nothing is gained, and logits [facts · contexts · Tm, V] grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,50 +80,90 @@ def find_values(
     objective: Objective,
     project: Projector | None = None,
 ) -> Values:
-    """Optimise δ for F independent facts at once, with the weights as they are.
+    """Optimise δ for F independent facts, with the weights as they are.
 
     layer: δ is added to its output, through the output of its MLP (which is the same unless a norm comes between).
     base [F, d]: v₀, what stands there now; it sets the scale of `clamp` and `decay`.
-    project: rows [F, d] -> [F, d], applied to δ after each update, before the clamp (DeltaEdit eq. 21).
+    project: (rows [A, d], facts [A]) -> [A, d], applied to δ of these facts after each update, before the clamp (DeltaEdit eq. 21).
 
     Only what δ can change runs: the layers above (from `layer` itself on in post-norm models), the tokens from the subject's last one
-    on, the head where it predicts a target; and a finished fact leaves the batch. Facts do not touch one another: each gets the δ that
-    it would get alone.
+    on, the head where it predicts a target; facts of like length run together, and a finished one leaves. Facts do not touch one
+    another: each gets the δ that it would get alone.
 
     Raises ValueError if the facts differ in their number of contexts.
     """
-    facts, contexts = len(requests), len(requests[0].contexts)
+    contexts = len(requests[0].contexts)
     if any(len(request.contexts) != contexts for request in requests):
         raise ValueError("every fact needs the same number of contexts")
-    width = contexts + (search.kl > 0)  # rows of a fact: f·width + c, the essence last
-    texts = [text for request in requests for text in (*request.contexts, request.essence)[:width]]
-    run = _Runner(lm, layer, texts)
-    size = torch.linalg.vector_norm(base.float(), dim=-1, keepdim=True)  # [F, 1]
-    delta = torch.zeros(base.shape, dtype=size.dtype if base.dtype != torch.float64 else base.dtype, device=base.device)
-    delta.requires_grad_()
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    delta, probability = torch.zeros_like(base, dtype=dtype), torch.zeros(len(base), device=base.device)
+    steps, losses = torch.zeros(len(base), dtype=torch.long, device=base.device), torch.zeros(search.steps + 1)
+    for alike in _groups(requests):
+        facts = torch.tensor(alike, device=base.device)
+        found = _search(lm, layer, [requests[i] for i in alike], base[facts].to(dtype), facts, search, objective, project)
+        delta[facts], probability[facts], steps[facts] = found.delta, found.probability, found.steps
+        # A group that is done earlier stays where it is.
+        losses += torch.tensor(found.losses + found.losses[-1:] * (search.steps + 1 - len(found.losses))) * len(alike) / len(requests)
+    return Values(delta.to(base.dtype), probability, steps, losses[: int(steps.max()) + 1].tolist())
+
+
+def _groups(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of facts that run together without padding to speak of: targets of one length, suffixes of about one length."""
+
+    def shape(i: int) -> tuple[int, int]:
+        bare = requests[i].contexts[0]
+        return len(bare.target_ids), max(len(text.ids) - int(text.subject_last or 0) for text in requests[i].contexts)
+
+    groups: list[list[int]] = []
+    for i in sorted(range(len(requests)), key=shape):
+        if groups and shape(groups[-1][0])[0] == shape(i)[0] and shape(i)[1] <= 1.5 * shape(groups[-1][0])[1] and len(groups[-1]) < GROUP:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _search(
+    lm: LanguageModel,
+    layer: int,
+    requests: Sequence[Request],
+    base: Tensor,
+    facts: Tensor,
+    search: Search,
+    objective: Objective,
+    project: Projector | None,
+) -> Values:
+    """`find_values` for facts whose targets have one length Tm. facts [F]: what `project` knows them by."""
+    count, contexts, length = len(requests), len(requests[0].contexts), len(requests[0].contexts[0].target_ids)
+    width = contexts + (search.kl > 0)  # texts of a fact: its contexts, then the essence
+    run = _Runner(lm, layer, [text for request in requests for text in (*request.contexts, request.essence)[:width]])
+    size = torch.linalg.vector_norm(base, dim=-1, keepdim=True)  # [F, 1]
+    delta = torch.zeros_like(base, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=search.lr)
-    active = torch.arange(facts, device=base.device)
-    probability = torch.zeros(facts, device=base.device)
-    steps = torch.zeros(facts, dtype=torch.long, device=base.device)
-    last, losses = torch.zeros(facts, device=base.device), []
+    active = torch.arange(count, device=base.device)
+    probability, last = torch.zeros(count, device=base.device), torch.zeros(count, device=base.device)
+    steps, losses = torch.zeros(count, dtype=torch.long, device=base.device), []
     reference = before = None
+    targets = torch.tensor([text.target_ids for request in requests for text in request.contexts], device=base.device)
+    targets = targets.view(count, contexts, length)
+    mask = torch.ones(count * contexts, length, dtype=torch.bool, device=base.device)
     for step in range(search.steps + 1):
-        logits = run(delta[active].repeat_interleave(width, 0)).unflatten(0, (len(active), width))  # [A, width, Tm, V]
-        asked = logits[:, :contexts].flatten(0, 1)  # [A·C, Tm, V]
-        targets, mask = (part.unflatten(0, (len(active), width))[:, :contexts].flatten(0, 1) for part in (run.targets, run.mask))
+        rows = run(delta[active].repeat_interleave(width, 0)).unflatten(0, (len(active), -1))  # [A, C·Tm (+ 1), V]
+        asked = rows[:, : contexts * length].reshape(len(active) * contexts, length, -1)  # [A·C, Tm, V]
         if step == 0 and objective.needs_reference:
-            reference = asked.detach()
-        value = objective.evaluate(asked, targets, mask, reference)
+            reference = asked.detach().unflatten(0, (count, contexts))
+        wanted, there = targets[active].flatten(0, 1), mask[: len(asked)]
+        value = objective.evaluate(asked, wanted, there, None if reference is None else reference[active].flatten(0, 1))
         loss = value.loss.unflatten(0, (-1, contexts)).mean(1)  # [A]
         if search.kl > 0:
-            now = torch.log_softmax(logits[:, contexts, 0].to(loss.dtype), -1)  # [A, V]
+            now = torch.log_softmax(rows[:, -1].to(loss.dtype), -1)  # [A, V]
             before = now.detach() if before is None else before
-            loss = loss + search.kl * (now.exp() * (now - before)).sum(-1)
+            loss = loss + search.kl * (now.exp() * (now - before[active])).sum(-1)
         loss = loss + search.decay * torch.linalg.vector_norm(delta[active], dim=-1) / size[active, 0].square()
         last[active] = loss.detach().float()
         losses.append(float(last.mean()))
         first = slice(None, None, contexts)
-        probability[active] = target_probability(asked[first], targets[first], mask[first]).float()
+        probability[active] = target_probability(asked[first], wanted[first], there[first]).float()
         finished = (loss.detach() < search.stop) | value.finished.unflatten(0, (-1, contexts)).all(1)
         if search.enough is not None:
             finished |= probability[active] > search.enough
@@ -132,27 +174,18 @@ def find_values(
         adam.step()
         if bool(finished.any()):
             going = (~finished).nonzero().squeeze(-1)
-            rows = (going[:, None] * width + torch.arange(width, device=going.device)).flatten()
-            run.keep(rows)
-            if reference is not None:
-                reference = reference.unflatten(0, (-1, contexts))[going].flatten(0, 1)
-            before = None if before is None else before[going]
+            run.keep((going[:, None] * width + torch.arange(width, device=going.device)).flatten())
             active = active[going]
         with torch.no_grad():
-            moved = delta[active] if project is None else _projected(project, delta, active)
+            moved = delta[active] if project is None else project(delta[active], facts[active])
             moved = moved * (search.clamp * size[active] / torch.linalg.vector_norm(moved, dim=-1, keepdim=True)).clamp(max=1.0)
             delta.copy_(kept).index_copy_(0, active, moved)  # Adam's momentum goes on moving the finished ones: put them back
         steps[active] += 1
-    return Values(delta.detach().to(base.dtype), probability, steps, losses)
-
-
-def _projected(project: Projector, delta: Tensor, active: Tensor) -> Tensor:
-    """Projectors may differ from fact to fact, so they see all of them."""
-    return project(delta.detach())[active]
+    return Values(delta.detach(), probability, steps, losses)
 
 
 class _Runner:
-    """Logits at the targets of B texts, as a function of what is added at their subjects' last tokens.
+    """Logits at the N targets of B texts, as a function of what is added at their subjects' last tokens.
 
     Where the MLP writes straight into the residual stream, what is added to its output arrives at the layer above as it is, so `layer`
     itself need not run.
@@ -163,25 +196,17 @@ class _Runner:
         self.straight = lm.anatomy.writes_straight and layer + 1 < len(lm.anatomy.layers)
         self.suffix = Suffix(lm, texts, layer + 1 if self.straight else layer)
 
-    @property
-    def targets(self) -> Tensor:
-        return self.suffix.targets
-
-    @property
-    def mask(self) -> Tensor:
-        return self.suffix.mask
-
     def keep(self, rows: Tensor) -> None:
         self.suffix = self.suffix.keep(rows)
 
     def __call__(self, delta: Tensor) -> Tensor:
-        """delta [B, d] -> logits [B, Tm, V]."""
+        """delta [B, d] -> logits [N, V], text by text."""
         states, columns = self.suffix.states, self.suffix.columns
         if self.straight:
             rows = torch.arange(len(states), device=states.device)
-            return self.suffix.logits(states.index_put((rows, columns), delta.to(states), accumulate=True))
+            return self.suffix.rows(states.index_put((rows, columns), delta.to(states), accumulate=True))
         with _added_at(self.lm, self.layer, states.shape[1], columns, lambda _: delta):
-            return self.suffix.logits(states)
+            return self.suffix.rows(states)
 
 
 @contextmanager
