@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from errata.facts import EditCase
+from errata.report import DRAWINGS
 
 PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
@@ -86,6 +87,7 @@ class Plan:
     measure: "after-sequence": at a checkpoint, every case so far; "after-each": every case right after its own edit; or "both".
     batch: so many cases of a sequence are edited together.
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
+    drawings: tables and pictures of the finished sequences that `errata bench` makes at the end, by name; see `errata.report`.
     limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
@@ -103,6 +105,7 @@ class Plan:
     measure: str = "after-sequence"
     batch: int = 1
     transcripts: tuple[str, ...] = ()
+    drawings: tuple[str, ...] = ()
     limit: int | None = None
     split: str | None = None
     seeds: tuple[int, ...] = (0,)
@@ -132,11 +135,14 @@ class Plan:
     def _check_sequence(self) -> None:
         if self.measure not in MEASURES:
             raise PlanError(f"unknown measure {self.measure!r}{did_you_mean(self.measure, MEASURES)}")
+        if unknown := [name for name in self.drawings if name not in DRAWINGS]:
+            raise PlanError(f"unknown drawing {unknown[0]!r}{did_you_mean(unknown[0], DRAWINGS)}")
         if self.batch < 1:
             raise PlanError(f"batch must be at least 1 (got {self.batch})")
         size = Protocol.parse(self.protocol).size
         if size is None:
-            for name, default in {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": ()}.items():
+            alone = {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": (), "drawings": ()}
+            for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")
             return
@@ -195,7 +201,8 @@ class Plan:
         if missing := [name for name in ("model", "data", "methods") if not record.get(name)]:
             raise PlanError(f"{where}: field {missing[0]!r} is missing")
         values = dict(record)
-        for name, kind in {"methods": str, "objectives": str, "seeds": int, "checkpoints": int, "transcripts": str}.items():
+        kinds_of_lists = {"methods": str, "objectives": str, "seeds": int, "checkpoints": int, "transcripts": str, "drawings": str}
+        for name, kind in kinds_of_lists.items():
             if name in values:
                 listed = values[name] if isinstance(values[name], list | tuple) else [values[name]]
                 if not all(type(item) is kind for item in listed):

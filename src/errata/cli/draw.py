@@ -1,0 +1,119 @@
+"""`errata draw`: the tables and pictures of a run of sequences, with the axes of DeltaEdit's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from errata.bench.folder import PLAN, RESULTS
+from errata.bench.plan import Plan, PlanError, did_you_mean, hash_cases
+from errata.cli import show
+from errata.cli.app import DataDirOption, JsonOption, app
+from errata.report import DRAWINGS, PICTURES, DrawingError
+from errata.report.tables import Known, Sheet, edited, sheets
+
+
+@app.command()
+def draw(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'errata bench' wrote.")],
+    what: Annotated[
+        str | None, typer.Option(metavar="A,B", help=f"{', '.join(DRAWINGS)} (default: what the plan wants, else all that it can give).")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the files go (default: RUN).")] = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tables and pictures of a sequence of edits: printed, and as Markdown and PNG."""
+    if not (run / RESULTS).is_file() or not (run / PLAN).is_file():
+        raise PlanError(f"{run} holds no finished run ({RESULTS} is missing); finish it with: errata bench --resume --out {run}")
+    plan, results = Plan.read(run / PLAN), json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    asked = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
+    for name in asked or ():
+        if name not in DRAWINGS:
+            raise PlanError(f"unknown drawing {name!r}{did_you_mean(name, DRAWINGS)}")
+    made, missed = [], []
+    for name in asked or plan.drawings or DRAWINGS:
+        try:
+            made.append(_make(name, plan, results, to or run, data_dir, shown=not as_json))
+        except DrawingError as error:
+            if asked:
+                raise
+            missed.append(f"{name}: {error}")
+    if not made:
+        raise DrawingError(f"{run}: {missed[0]}")
+    if as_json:
+        show.json_out({"files": [str(path) for path in made]})
+    elif plan.drawings and not asked:
+        for line in missed:
+            show.note(line)
+
+
+def after_bench(plan: Plan, out: Path, results: Mapping[str, Any], data_dir: Path | None, shown: bool) -> None:
+    """Make what the plan wants. The measurements are kept whatever happens here, so what cannot be made is said and no more."""
+    for name in plan.drawings:
+        try:
+            _make(name, plan, results, out, data_dir, shown)
+        except (DrawingError, ImportError) as error:
+            show.note(f"{name}: {error}; the rest is kept")
+
+
+def _make(name: str, plan: Plan, results: Mapping[str, Any], folder: Path, data_dir: Path | None, shown: bool) -> Path:
+    """One drawing; the file that it became."""
+    path = folder / f"{name}.{'png' if name in PICTURES else 'md'}"
+    if name in PICTURES:
+        if find_spec("matplotlib") is None:
+            raise ImportError("pictures need matplotlib; install errata[plots], then: errata draw RUN")
+        from errata.report import sequence
+
+        figure = sequence.picture(name, results)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    else:
+        made = sheets(name, results, _known(plan, results, data_dir) if name == "case-study" else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(sheet.markdown() for sheet in made), encoding="utf-8")
+        for sheet in made if shown else ():
+            show._print(_table(sheet))
+    show.note(f"drawn: {path}")
+    return path
+
+
+def _table(sheet: Sheet) -> Table:
+    """For a terminal, the best cells in bold."""
+    drawn = Table(title=Text(sheet.title), title_justify="left", box=None, pad_edge=False)
+    for column, heading in enumerate(sheet.headings):
+        drawn.add_column(heading, justify="left" if column == 0 or sheet.wide else "right", no_wrap=column == 0)
+    for i, row in enumerate(sheet.rows):
+        drawn.add_row(*(Text(cell, style="bold" if (i, j) in sheet.best else "") for j, cell in enumerate(row)))
+    return drawn
+
+
+def _known(plan: Plan, results: Mapping[str, Any], data_dir: Path | None) -> Known:
+    """What was edited about the transcripts' prompts; nothing where the data is no longer at hand, or is no longer the same."""
+    from errata import data
+
+    if not plan.transcripts:
+        return {}
+    try:
+        cases = data.load(plan.data, data_dir=data_dir, split=plan.split)
+    except data.DataError as error:
+        show.note(f"what was edited cannot be said: {error}")
+        return {}
+    if hash_cases(cases) != results["environment"]["data_hash"]:
+        show.note(f"what was edited cannot be said: {plan.data} is no longer the data of this run")
+        return {}
+    return dict(_pairs(plan, cases))
+
+
+def _pairs(plan: Plan, cases: Sequence[Any]) -> Iterator[tuple[tuple[int, str], str]]:
+    for seed in plan.seeds:
+        facts = [fact for case in plan.draw(cases, seed) for fact in case.facts]
+        for prompt, text in edited(plan.transcripts, facts).items():
+            yield (seed, prompt), text
