@@ -32,10 +32,10 @@ def starts_of(texts: list[Encoded]) -> list[int]:
 
 
 def changes_of(texts: list[Encoded], starts: list[int], like: Tensor) -> list[Tensor]:
-    """Something for each token from the start on [length - start, d]."""
+    """Something for each token from the start to the last but one [length - start - 1, d]; the last one predicts nothing."""
     chance = torch.Generator().manual_seed(0)
     return [
-        torch.randn(len(text.ids) - start, like.shape[-1], generator=chance).to(like.dtype)
+        torch.randn(len(text.ids) - start - 1, like.shape[-1], generator=chance).to(like.dtype)
         for text, start in zip(texts, starts, strict=True)
     ]
 
@@ -45,7 +45,7 @@ def slowly(lm: LanguageModel, layer: int, text: Encoded, start: int, change: Ten
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]  # [1, T, d]
-        changed = torch.cat([hidden[:, :start], hidden[:, start:] + change], 1)
+        changed = torch.cat([hidden[:, :start], hidden[:, start:-1] + change, hidden[:, -1:]], 1)
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     handle = lm.model.get_submodule(lm.anatomy.layers[layer]).register_forward_pre_hook(add, with_kwargs=True)
@@ -99,7 +99,7 @@ def test_logits_and_gradients_are_those_of_each_whole_text(name: str, layer: int
     texts = texts_of(lm)
     starts = starts_of(texts)
     suffix, before = Suffix(lm, texts, layer, starts, cached=True), state_of(lm)
-    rest = max(len(text.ids) - start for text, start in zip(texts, starts, strict=True))
+    rest = max(len(text.ids) - start for text, start in zip(texts, starts, strict=True)) - 1  # the last token predicts no target
     assert suffix.states.shape == (len(texts), rest, HIDDEN)
     assert not suffix.states.requires_grad and not suffix.columns.any()
     assert_same(suffix, lm, layer, texts, starts)
@@ -130,7 +130,7 @@ def test_only_tokens_and_layers_that_can_change_run(name: str) -> None:
     paths = {path: path for path in lm.anatomy.mlp_down} | {"head": lm.anatomy.head}
     with torch.no_grad(), capture(lm.model, paths, inputs=True) as ran:
         suffix.logits(suffix.states)
-    rest = max(len(text.ids) - int(text.subject_last or 0) for text in texts)
+    rest = max(len(text.ids) - int(text.subject_last or 0) for text in texts) - 1
     assert list(ran) == [*lm.anatomy.mlp_down[layer:], "head"]
     assert all(ran[path].shape[:2] == (len(texts), rest) for path in lm.anatomy.mlp_down[layer:])
     assert ran["head"].shape[:2] == (1, suffix.mask.sum())
@@ -174,7 +174,7 @@ def test_nothing_before(name: str, cached: bool) -> None:
     lm = language_model(name)
     texts = texts_of(lm)
     suffix = Suffix(lm, texts, 1, [0] * len(texts), cached=cached)
-    assert suffix.states.shape[1] == max(len(text.ids) for text in texts)
+    assert suffix.states.shape[1] == max(len(text.ids) for text in texts) - 1
     assert_same(suffix, lm, 1, texts, [0] * len(texts))
 
 

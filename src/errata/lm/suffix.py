@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ class Suffix:
 
     states [B, S, d]: what enters layer `layer`, without a graph; padded on the right. Pass them, changed or not, to `logits`.
     columns [B]: where in `states` token starts[b] stands: 0, or starts[b] where the whole texts run.
-    targets, mask [B, Tm]: as in Batch. P: the longest prefix, S: the longest rest, T: the longest text.
+    targets, mask [B, Tm]: as in Batch. P: the longest prefix, S: the longest rest, T: the longest text, both without its last token.
 
     The model's weights are taken to stay as they are: after an edit make a new one.
     Raises ModelError if there is no such layer or later layers read keys of earlier ones, ValueError for starts that do not fit.
@@ -54,6 +55,8 @@ class Suffix:
         resumable(lm, layer)
         first = torch.tensor(_checked(encoded, starts), device=lm.device)  # [B]
         batch = lm.batch(encoded)
+        # The last token of a target predicts nothing: it need not be read.
+        batch = replace(batch, input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1])
         self._lm, self._layer = lm, layer
         self.targets, self.mask = batch.targets, batch.mask
         self.cached = is_exact(lm, layer) if cached is None else cached
@@ -61,7 +64,7 @@ class Suffix:
         self._inputs: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         begins = first if self.cached else torch.zeros_like(first)  # [B] where the columns of `states` begin in the texts
         self.columns, self._positions = first - begins, batch.positions - begins[:, None]
-        self._ends = batch.attention_mask.sum(1) - begins  # [B] columns of `states` that are not padding
+        self._ends = self._positions.masked_fill(~batch.mask, 0).amax(1) + 1  # [B] columns of `states` that are needed
         self._hidden = begins.max() - begins  # [B] columns of padding before the prefix
         if self.cached:
             self._record(batch, first)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.methods.base import Session, check_range
 from errata.methods.locate.ridge import Ridge, null_space_prior
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
+SHARE = 0.7
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "gpt2-xl": {"l2": 10.0, "threshold": 2e-2},
     "gpt-j-6b": {"l2": 10.0, "threshold": 2e-2},
@@ -23,6 +24,7 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "llama-3-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
     "llama-3.1-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
     "qwen2.5-7b": {"l2": 1.0, "threshold": 2e-2},
+    "atlas": {"l2": 1.0, "threshold": 2e-2},  # tuned on the dev cases
 }
 
 
@@ -32,11 +34,11 @@ class AlphaEdit(Locate):
 
     P projects on the eigenvectors of C with eigenvalues below a threshold; K_p are the keys of all earlier edits of the session.
 
-    threshold: the eigenvalue below which a direction counts as unused. None: see `share`.
-    share: the part of the directions that counts as unused, those with the smallest eigenvalues, where no threshold is given; about
-        what 0.02 keeps on Llama-3.
-    l2: the ridge. None: the published one for its families, else `energy`, the mean squared length of ordinary keys inside the null
-        space: an edit's own key then counts as much as it sticks out of the ordinary.
+    threshold: the eigenvalue below which a direction counts as unused. share: the part of the directions that counts as unused
+        instead, those with the smallest eigenvalues. Both None: the published threshold for its families, else a share of 0.7, which
+        is about what the threshold keeps on Llama-3.
+    l2: the ridge. None: the published one for its families, else a tenth of `NullSpace.energy`, the mean squared length of ordinary
+        keys inside the null space.
     """
 
     name: ClassVar[str] = "alphaedit"
@@ -47,13 +49,20 @@ class AlphaEdit(Locate):
 
     l2: float | None = None
     threshold: float | None = None
-    share: float = 0.7
+    share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self.name, "l2", self.l2, 0, above=True)
         check_range(self.name, "threshold", self.threshold, 0, above=True)
         check_range(self.name, "share", self.share, 0, 1, above=True)
+
+    def for_model(self, lm: LanguageModel) -> Self:
+        """See `Locate.for_model`."""
+        chosen = super().for_model(lm)
+        if self.threshold is None and self.share is not None:
+            return replace(chosen, threshold=None)  # what was asked for, not the family's
+        return chosen if chosen.threshold is not None else replace(chosen, share=SHARE)
 
     def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
         """See `Locate.session`."""
@@ -67,7 +76,7 @@ class AlphaSession(LocateSession):
 
     def ridge(self, layer: int) -> Ridge:
         space = self.space(layer)
-        l2 = space.energy if self.method.l2 is None else self.method.l2
+        l2 = space.energy / 10 if self.method.l2 is None else self.method.l2
         return Ridge(null_space_prior(space.project, l2), self.lm.anatomy.key_size, device=self.device)
 
     def space(self, layer: int) -> NullSpace:

@@ -25,7 +25,7 @@ CRITICAL: Mapping[str, Mapping[str, Any]] = {
     "llama-3-8b": _LLAMA_3,
     "llama-3.1-8b": _LLAMA_3,
     "qwen2.5-7b": _LLAMA_2,
-    "atlas": {"layers": (0, 1, 2), "lr": 1.0},  # tuned on the dev cases
+    "atlas": {"layers": (0, 1, 2), "lr": 1.0, "weight": 300.0},  # tuned on the dev cases
 }
 """Critical layers and search, family by family; AlphaEdit's and DeltaEdit's too, but for what they change."""
 
