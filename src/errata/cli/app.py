@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, Protocol, check_owners, known_split, parse_settings
+from errata.bench.plan import Plan, PlanError, Protocol, check_owners, known_split, parse_settings, unlabelled
 from errata.cli import show
 from errata.facts import Fact, read_facts
 
@@ -238,13 +239,11 @@ def bench(
         "seeds": _numbers("--seed", seed),
         "threads": threads,
     }
-    base = Plan.read(plan).to_dict() if plan else {}
-    if plan and protocol is not None and checkpoints is None:  # those of a shorter sequence still fit; without any, its own default
-        base["checkpoints"] = [mark for mark in base["checkpoints"] if mark <= (Protocol.parse(protocol).size or 0)]
+    options = {name: value for name, value in given.items() if value is not None}
+    base = _fitting(Plan.read(plan).to_dict(), options) if plan else {}
     settings = {owner: dict(values) for owner, values in base.get("settings", {}).items()}
     for owner, values in parse_settings(setting or ()).items():
         settings.setdefault(owner, {}).update(values)
-    options = {name: value for name, value in given.items() if value is not None}
     wanted = Plan.from_dict({**base, **options, "settings": settings}, _what(plan))
     if out is None:
         if resume:
@@ -280,6 +279,18 @@ def list_(
         show.json_out(rows)
     else:
         show.listing(rows)
+
+
+def _fitting(base: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan file's fields, without what has no place any more beside the options: checkpoints beyond a shorter sequence (without any,
+    the plan has its own), and settings of methods that are not run."""
+    if "protocol" in options:
+        size = Protocol.parse(options["protocol"]).size or 0
+        base["checkpoints"] = [mark for mark in base["checkpoints"] if mark <= size]
+    gone, kept = ({name for method in source["methods"] for name in (method, unlabelled(method))} for source in (base, {**base, **options}))
+    gone -= kept
+    base["settings"] = {owner: values for owner, values in base["settings"].items() if not gone & {owner, owner.rpartition("+")[0]}}
+    return base
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> LanguageModel:

@@ -38,21 +38,22 @@ def draw(
     for name in asked or ():
         if name not in DRAWINGS:
             raise PlanError(f"unknown drawing {name!r}{did_you_mean(name, DRAWINGS)}")
-    made, missed = [], []
+    made: list[Path] = []
+    missed: list[tuple[str, Exception]] = []
     for name in asked or plan.drawings or DRAWINGS:
         try:
             made.append(_make(name, plan, results, to or run, data_dir, shown=not as_json))
-        except DrawingError as error:
+        except (DrawingError, ImportError) as error:
             if asked:
                 raise
-            missed.append(f"{name}: {error}")
+            missed.append((name, error))
     if not made:
-        raise DrawingError(f"{run}: {missed[0]}")
+        raise missed[0][1]
+    for name, why in missed:
+        if plan.drawings or isinstance(why, ImportError):  # where nothing was asked for, what a run does not hold is not missed
+            show.note(f"{name}: {why}")
     if as_json:
         show.json_out({"files": [str(path) for path in made]})
-    elif plan.drawings and not asked:
-        for line in missed:
-            show.note(line)
 
 
 def after_bench(plan: Plan, out: Path, results: Mapping[str, Any], data_dir: Path | None, shown: bool) -> None:
@@ -101,12 +102,13 @@ def _known(plan: Plan, results: Mapping[str, Any], data_dir: Path | None) -> Kno
 
     if not plan.transcripts:
         return {}
+    where = results["environment"]  # with the split, which a plan may leave to the run
     try:
-        cases = data.load(plan.data, data_dir=data_dir, split=plan.split)
+        cases = data.load(plan.data, data_dir=data_dir, split=where.get("split"))
     except data.DataError as error:
         show.note(f"what was edited cannot be said: {error}")
         return {}
-    if hash_cases(cases) != results["environment"]["data_hash"]:
+    if hash_cases(cases) != where["data_hash"]:
         show.note(f"what was edited cannot be said: {plan.data} is no longer the data of this run")
         return {}
     return dict(_pairs(plan, cases))
