@@ -138,6 +138,14 @@ def test_options_leave_no_settings_of_methods_that_are_not_run(llama: str, plann
     assert planned(llama, "--methods", "alphaedit").settings == {}
 
 
+def test_a_method_with_a_plus_in_its_name_is_not_taken_for_a_pair(tmp_path: Path, planned: Planned) -> None:
+    settings = {"memit": {"lr": 0.1}, "memit+ce": {"reduction": "sum"}, "memit+history": {"lr": 0.2}}
+    plan = Plan("m", "d", ("memit", "memit+history"), settings=settings)
+    (tmp_path / "plan.yaml").write_text(plan.dump())
+    assert planned(str(tmp_path / "plan.yaml"), "--methods", "memit+history").settings == {"memit+history": {"lr": 0.2}}
+    assert planned(str(tmp_path / "plan.yaml"), "--methods", "memit").settings == {"memit": {"lr": 0.1}, "memit+ce": {"reduction": "sum"}}
+
+
 def test_settings_from_the_command_line_are_checked_as_ever(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["bench", llama, "--methods", "alphaedit", "--set", "memit.lr=1", "--out", str(tmp_path / "run")]) == 2
     assert "settings for 'memit', which is not used here" in capsys.readouterr().err

@@ -289,7 +289,9 @@ def _fitting(base: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]
         base["checkpoints"] = [mark for mark in base["checkpoints"] if mark <= size]
     gone, kept = ({name for method in source["methods"] for name in (method, unlabelled(method))} for source in (base, {**base, **options}))
     gone -= kept
-    base["settings"] = {owner: values for owner, values in base["settings"].items() if not gone & {owner, owner.rpartition("+")[0]}}
+    base["settings"] = {
+        owner: values for owner, values in base["settings"].items() if owner in kept or not gone & {owner, owner.rpartition("+")[0]}
+    }  # "memit+history" is a method's, "memit+ce" a pair's
     return base
 
 
