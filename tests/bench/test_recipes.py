@@ -130,11 +130,9 @@ def test_options_leave_no_checkpoints_that_do_not_fit(llama: str, planned: Plann
 
 
 def test_options_leave_no_settings_of_methods_that_are_not_run(llama: str, planned: Planned) -> None:
-    assert planned(llama, "--methods", "memit,deltaedit", "--set", "deltaedit.eta=2").settings == {
-        "memit": {"lr": 0.1},
-        "deltaedit": {"eta": 2},
-    }
-    assert planned(llama, "--methods", "memit@a,memit@b").settings == {"memit": {"lr": 0.1}}
+    both = planned(llama, "--methods", "rome,deltaedit", "--set", "deltaedit.eta=2").settings
+    assert both == {"rome": {"whiten": False}, "deltaedit": {"eta": 2}}
+    assert planned(llama, "--methods", "rome@a,rome@b").settings == {"rome": {"whiten": False}}
     assert planned(llama, "--methods", "alphaedit").settings == {}
 
 

@@ -21,8 +21,8 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "gpt2-xl": {"l2": 10.0, "threshold": 2e-2},
     "gpt-j-6b": {"l2": 10.0, "threshold": 2e-2},
     "llama-2-7b": {"l2": 10.0, "threshold": 2e-2},
-    "llama-3-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
-    "llama-3.1-8b": {"l2": 10.0, "threshold": 2e-2, "lr": 0.1},
+    "llama-3-8b": {"l2": 10.0, "threshold": 2e-2},
+    "llama-3.1-8b": {"l2": 10.0, "threshold": 2e-2},
     "qwen2.5-7b": {"l2": 1.0, "threshold": 2e-2},
     "atlas": {"l2": 1.0, "threshold": 2e-2},  # tuned on the dev cases
 }

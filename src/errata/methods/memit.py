@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
-_LLAMA_3 = {"layers": (4, 5, 6, 7, 8), "clamp": 0.75, "decay": 0.5, "weight": 15000.0}
+_LLAMA_3 = {"layers": (4, 5, 6, 7, 8), "lr": 0.1, "clamp": 0.75, "decay": 0.5, "weight": 15000.0}
 _LLAMA_2 = {"layers": (4, 5, 6, 7, 8), "clamp": 4.0, "decay": 1e-3, "weight": 15000.0}
 
 CRITICAL: Mapping[str, Mapping[str, Any]] = {
