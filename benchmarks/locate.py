@@ -48,7 +48,7 @@ from errata.methods.locate.history import DeltaHistory
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior, null_space_prior
 from errata.statistics.nullspace import NullSpace
 
-METHODS = {"memit": MEMIT(), "memit+history": MEMIT(history=True), "alphaedit": AlphaEdit(), "deltaedit": DeltaEdit()}
+METHODS = {"memit": MEMIT(), "memit+history": MEMIT(history=True), "alphaedit": AlphaEdit(), "deltaedit": DeltaEdit(preset="paper")}
 STAGES = ("keys", "value", "write", "total")
 KEPT = 0.7  # share of the dimensions in the null space, what 2e-2 keeps on Llama-3
 LLAMA = {"size": 4096, "width": 14336, "layers": 5, "edits": 3000}

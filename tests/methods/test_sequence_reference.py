@@ -35,8 +35,8 @@ METHODS = {
     "rect": RECT(**SPREAD),
     "alphaedit": AlphaEdit(**SPREAD),
     "alphaedit threshold": AlphaEdit(threshold=0.3, l2=0.5, **SPREAD),
-    "deltaedit": DeltaEdit(eta=0.5, warm_up=2, **SPREAD),
-    "deltaedit capped": DeltaEdit(eta=0.0, warm_up=0, removed=0.2, **SPREAD),  # at most 3 of 16 directions
+    "deltaedit": DeltaEdit(preset="paper", eta=0.5, warm_up=2, **SPREAD),
+    "deltaedit capped": DeltaEdit(preset="paper", eta=0.0, warm_up=0, removed=0.2, **SPREAD),  # at most 3 of 16 directions
 }
 
 
