@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from errata.lm.capture import capture
-from errata.lm.resume import states_at
-from errata.lm.tokens import Batch, Encoded, encode
+from errata.lm.resume import run_to
+from errata.lm.tokens import Encoded, encode
 from errata.statistics.errors import StatisticsError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _add(lm: LanguageModel, encoded: list[Encoded], running: Running) -> None:
     layers = list(running.sums)
     batch = lm.batch(encoded)
     with capture(lm.model, {str(layer): lm.anatomy.mlp_down[layer] for layer in layers}, inputs=True) as keys:
-        _run_up_to(lm, batch, max(layers))
+        run_to(lm, batch, max(layers))
     real = batch.attention_mask.bool().flatten()
     for layer in layers:
         flat = keys.pop(str(layer)).flatten(0, -2)  # OPT's MLP is given [B·T, d_in] in the first place
@@ -133,12 +133,3 @@ def _add(lm: LanguageModel, encoded: list[Encoded], running: Running) -> None:
             k = k.double()
             running.sums[layer].add_((k.T @ k).cpu())
     running.count += sum(len(e.ids) for e in encoded)
-
-
-@torch.no_grad()
-def _run_up_to(lm: LanguageModel, batch: Batch, layer: int) -> None:
-    """Run the layers up to and with `layer`, and no head."""
-    if layer + 1 < len(lm.anatomy.layers):
-        states_at(lm, batch, layer + 1)
-    else:
-        lm.model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
