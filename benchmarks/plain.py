@@ -4,10 +4,11 @@ Every optimisation step runs the whole model over all contexts, all tokens and t
 time; keys and hidden states are taken by whole runs, one of each for each layer, with the weights written in place between them; every
 write is a dense [d_in, d_in] solve in float64; K_p K_pᵀ and Δ_hist are dense, and each constrained edit of DeltaEdit decomposes anew.
 
-ROME (arXiv 2202.05262), MEMIT (2210.07229), RECT (2401.04700), AlphaEdit (2410.02355), DeltaEdit (§4.2, Algorithm 1). Of errata it takes
-settings, prompts and prefixes, second moments and hooks, so that both do the same job; neither its search nor its sweep, write rules or
-histories. Two things are errata's and not the published code's, or the numbers could not be the same: `steps` counts updates (the
-published loops make one less), and the moments carry errata's jitter.
+ROME (arXiv 2202.05262), MEMIT (2210.07229), RECT (2401.04700), AlphaEdit (2410.02355), DeltaEdit (§4.2, Algorithm 1, with what its
+authors' code makes of it; without patience, strict and retry, which are errata's own). Of errata it takes settings, prompts and prefixes,
+second moments and hooks, so that both do the same job; neither its search nor its sweep, write rules or histories. Two things are
+errata's and not the published code's, or the numbers could not be the same: `steps` counts updates (the published loops make one less),
+and the moments carry errata's jitter.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Made:
 class Plain:
     """A sequence of edits, each written into the weights of `lm` at once: give it a model of its own.
 
-    method: ROME, MEMIT (with history or without), RECT, AlphaEdit, or DeltaEdit as its paper has it.
+    method: ROME, MEMIT (with history or without), RECT, AlphaEdit, or DeltaEdit without patience, strict and retry.
     """
 
     def __init__(self, lm: LanguageModel, method: ROME | MEMIT | AlphaEdit) -> None:
         self.lm, self.method = lm, method.for_model(lm)
-        assert not isinstance(self.method, DeltaEdit) or (self.method.preset == "paper" and not self.method.strict)
+        if isinstance(self.method, DeltaEdit):
+            assert self.method.patience is None and self.method.retry is None and not self.method.strict, "settings of errata's own"
         lm.model.requires_grad_(False)
         self.layers = self.method.layers or ()
         self.down = [lm.anatomy.mlp_down[layer] for layer in self.layers]
@@ -63,7 +65,7 @@ class Plain:
         self.earlier = [torch.zeros(d_in, d_in, dtype=torch.float64) for _ in self.layers]  # K_p K_pᵀ
         self.added = torch.zeros(d, d_in, dtype=torch.float64)  # Δ_hist, of the last layer
         self.mean = self.variance = 0.0
-        self.count = 0
+        self.count, self.started = 0, getattr(self.method, "start_at", "zero") == "zero"
 
     def _fixed(self, layer: int, d_in: int) -> tuple[Tensor, float]:
         """What must not move: the matrix, and AlphaEdit's L2."""
@@ -75,7 +77,7 @@ class Plain:
             u, values, _ = torch.linalg.svd(c)  # from the largest
             count = round(method.share * d_in) if method.threshold is None else int((values < method.threshold).sum())
             p = u[:, d_in - count :] @ u[:, d_in - count :].T
-            return p, float((p @ c).trace()) if method.l2 is None else method.l2
+            return p, float((p @ c).trace()) / 10 if method.l2 is None else method.l2
         weight = 1.0 if isinstance(method, ROME) else float(d_in) if method.weight is None else method.weight
         return weight * (c + JITTER * c.diagonal().mean() * torch.eye(d_in, dtype=torch.float64)), 0.0
 
@@ -91,7 +93,9 @@ class Plain:
             made.seconds[stage] += now - clock
             clock = now
 
-        keys = self._keys(requests, -1) if isinstance(self.method, DeltaEdit) else None
+        keys = None
+        if isinstance(self.method, DeltaEdit):
+            keys = self._contexts(requests, self.down[-1])[:, 0] if self.method.key == "bare" else self._keys(requests, -1)
         lap("keys")
         targets = []
         for i, one in enumerate(requests):
@@ -213,14 +217,21 @@ class Plain:
         return seen["it"][torch.arange(len(texts)), batch.subject_last]
 
     def _directions(self, key: Tensor) -> Tensor | None:
-        """Û [d, r] if the noise of Δ_hist at this key is above the threshold, else None, and the threshold learns (Algorithm 1)."""
+        """Û [d, r] if the noise of Δ_hist at this key is out of the ordinary, else None, and the threshold learns (Algorithm 1)."""
         method: Any = self.method
-        h = float((self.added @ key.double()).square().sum())
+        noise = self.added @ key.double()  # [d]
+        h = float(noise.norm() if method.statistic == "norm" else noise.square().sum())
+        reach = method.eta * self.variance**0.5
+        outside = h > self.mean + reach or (method.two_sided and h < self.mean - reach)
         self.count += 1  # each fact is an edit of its own, also in a batch
-        if self.count > method.warm_up and h > self.mean + method.eta * self.variance**0.5:
-            u, values, _ = torch.linalg.svd(self.added @ self.added.T)
-            rank = min(int((values > ZERO * values[0]).sum()), int(method.removed * len(u)))
+        if self.started and self.count > method.warm_up and outside:
+            outer = self.added @ self.added.T
+            u, values, _ = torch.linalg.svd(torch.cat([outer, noise[:, None]], 1) if method.with_noise else outer)
+            rank = min(int((values > max(method.floor, ZERO * values[0])).sum()), int(method.removed * len(u)))
             return u[:, :rank].to(self.lm.dtype)
+        if not self.started:  # until there is a history
+            self.mean, self.started = h, h > 0
+            return None
         self.mean = method.xi * self.mean + (1 - method.xi) * h
         self.variance = method.xi * self.variance + (1 - method.xi) * (h - self.mean) ** 2
         return None

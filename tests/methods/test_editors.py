@@ -60,7 +60,7 @@ def test_rome_gives_the_key_its_value_and_its_published_code_nearly() -> None:
 
 def test_facts_that_no_write_can_tell_apart_are_refused() -> None:
     lm = language_model("llama")
-    with pytest.raises(FactError, match="cannot be written together"):
+    with pytest.raises(EditError, match="cannot write these facts together"):
         errata.edit(lm, [FACTS[0], replace(FACTS[0], target="Lyon")], errata.ROME(**TEXT))
 
 
@@ -239,6 +239,8 @@ def test_requests_that_do_not_fit() -> None:
         errata.edit(lm, FACTS[0], errata.MEMIT(**TEXT, layers=(7,)))
     with pytest.raises(FactError, match="names no subject"):
         errata.edit(lm, "The capital of France is -> Lyon", errata.MEMIT(**TEXT))
+    with pytest.raises(FactError, match="too long"):
+        errata.edit(lm, Fact("Once " * 90 + "{} was in", "Lyon", "France"), errata.MEMIT(**TEXT))
     for build, message in (
         (lambda: errata.MEMIT(layers=(3, 2)), "from low to high"),
         (lambda: errata.RECT(keep=0.0), "rect: keep must be above 0"),
@@ -246,6 +248,9 @@ def test_requests_that_do_not_fit() -> None:
         (lambda: errata.DeltaEdit(preset="ours"), "preset must be 'paper' or 'released' or 'relaxed'"),  # type: ignore[arg-type]
         (lambda: errata.ROME(steps=0), "rome: steps must be at least 1"),
         (lambda: errata.PRUNE(growth="cubic"), "unknown restraint"),
+        (lambda: errata.ROME(key="bare"), "key must be 'mean' or 'mixed'"),  # type: ignore[arg-type]
+        (lambda: errata.AlphaEdit(threshold=0.1, share=0.5), "not both"),
+        (lambda: errata.DeltaEdit(xi=1.0), "xi must be"),
     ):
         with pytest.raises(ValueError, match=message):
             build()

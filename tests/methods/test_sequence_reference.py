@@ -37,6 +37,9 @@ METHODS = {
     "alphaedit threshold": AlphaEdit(threshold=0.3, l2=0.5, **SPREAD),
     "deltaedit": DeltaEdit(preset="paper", eta=0.5, warm_up=2, **SPREAD),
     "deltaedit capped": DeltaEdit(preset="paper", eta=0.0, warm_up=0, removed=0.2, **SPREAD),  # at most 3 of 16 directions
+    "deltaedit released": DeltaEdit(eta=0.5, warm_up=3, **SPREAD),  # at most 4, after one edit that m and v learn from
+    "deltaedit floor": DeltaEdit(eta=0.5, warm_up=2, floor=5.0, **SPREAD),
+    "deltaedit mixed": DeltaEdit(preset="paper", eta=0.1, warm_up=2, two_sided=True, start_at="first", floor=3.0, **SPREAD),
 }
 
 
@@ -78,6 +81,7 @@ def test_a_sequence_leaves_the_weights_that_the_plain_way_leaves(family: str, me
     said, made = both(family, method, [[fact] for fact in FACTS])
     if isinstance(method, DeltaEdit):
         assert [d["constrained"] for d in said] == [m.constrained for m in made]
+        assert 2 <= sum(m.constrained for m in made) < len(FACTS), "the comparison needs edits of both kinds"
 
 
 def test_the_capped_sequence_reaches_its_cap() -> None:
@@ -93,6 +97,23 @@ def test_the_capped_sequence_reaches_its_cap() -> None:
         ranks.append(session.history.rank)
     assert constrained == [0, 1, 1, 1, 1, 1]
     assert ranks[3:5] == [4, 5] and session.directions[0].shape == (16, 3)
+
+
+@pytest.mark.parametrize("name", ["deltaedit floor", "deltaedit mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_floor_leaves_directions_in(family: str, name: str) -> None:
+    """What the comparison is worth for the floor: some edits keep fewer directions off than their rank and the cap allow, but some."""
+    lm = language_model(family, dtype=torch.float64)
+    session: Any = METHODS[name].start(lm)
+    removed, allowed = [], []
+    for fact in FACTS:
+        rank = session.history.rank
+        edit = session.edit([fact])
+        if edit.diagnostics["constrained"]:
+            removed.append(session.directions[0].shape[1])
+            allowed.append(min(rank, int(session.method.removed * session.history.size)))
+        edit.apply()
+    assert any(0 < some < most for some, most in zip(removed, allowed, strict=True)), (removed, allowed)
 
 
 @pytest.mark.parametrize("name", ["memit", "memit+history", "rect", "alphaedit", "deltaedit"])

@@ -20,7 +20,7 @@ from errata.bench.folder import RECORDS, STATE, Key, Record, append, key_of, wri
 from errata.bench.making import short, wait_for, watched
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.snapshot import Snapshot
-from errata.edits import Delta, Edit, EditError, Stack
+from errata.edits import Delta, DenseDelta, Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError, Probe
 from errata.lm.capture import submodule
 from errata.metrics import generation, noise, probability
@@ -201,12 +201,16 @@ class _Sequence:
         keys = edit.keys | (noise.keys_of(self.lm, facts, missing) if missing else {})  # before it is applied
         clock = time.perf_counter()
         edit.apply()
+        if any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+            Stack.of(self.lm).fold()  # a whole matrix an edit would soon be more than the model
         wait_for(self.lm.device)
         seconds = time.perf_counter() - clock
         if broken := [path for path in paths if not self._weight(path).isfinite().all()]:
             edit.revert()
             raise FloatingPointError(f"the edit would leave {broken[0]} with weights that are not finite")
         trace.add(edit, keys)
+        if any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+            Stack.of(self.lm).fold()  # a whole matrix for each edit would soon outweigh the model
         return {"seconds": {"apply": round(seconds, 6)}}
 
     def _checkpoint(self, session: Session, trace: noise.Trace, edits: int) -> None:
@@ -217,13 +221,13 @@ class _Sequence:
         try:
             extra = session.finish()
         except (EditError, LinAlgError) as error:  # nothing could be written, or its singular values cannot be found
-            extra, line["finish_error"] = [], str(error)
+            extra, line["finish_error"] = [], str(error)  # what would be measured now is another method's model
         finished = time.perf_counter()
         line["noise"] = {
             path: {"noise": _digits(found.noise), "k_beta": _digits(found.k_beta)} for path, found in trace.measure(extra=extra).items()
         }
         with self._with(extra):
-            if self.plan.measure != "after-each":
+            if self.plan.measure != "after-each" and "finish_error" not in line:
                 line["outcomes"] = self._outcomes(self._usable(edits), written=last)
             if last:
                 line["weights_sha256"] = self._sha256()

@@ -22,6 +22,8 @@ def sequence_row(plan: Plan, row: Row, case_ids: Sequence[str], records: Mapping
     metrics: those of the last checkpoint, and all of them under "checkpoints", each with `edits`, `noise_by_layer`, `k_beta_by_layer` and
         `by_age`: the means over blocks of cases, as the checkpoints divide the sequence. `noise` and `k_beta` are those of the last edited
         layer. With measure "both" the means right after each case's own edit stand under "after_each".
+    diagnostics: means of what the method had to say about its edits (DeltaEdit: the share of `constrained` ones). finish_error: why what
+        the method does at the end of a sequence could not be done; there are no metrics then.
     n, failed: cases measured at the end, cases whose edit failed; not_finite: of these, edits that would have broken the weights, whose
         cases are in every mean, as the model without them answers. seconds: for one case.
     """
@@ -47,6 +49,8 @@ def sequence_row(plan: Plan, row: Row, case_ids: Sequence[str], records: Mapping
         "intervals": dict(zip(COLUMNS, map(limits, resampled([[o[m] for m in COLUMNS] for o in measured], len(COLUMNS)).T), strict=True)),
         "seconds_per_edit": _per_case(made, [line["seconds"]["edit"] for line in made]),
         "seconds_by_stage": _stages(made),
+        "diagnostics": _means_of([line["diagnostics"] for line in made]),
+        "finish_error": last.get("finish_error"),
         "peak_memory_mb": max((line["peak_memory_mb"] for line in made), default=None),
         "settings": last.get("settings", {}),
         "weights_sha256": last.get("weights_sha256"),
@@ -107,6 +111,16 @@ def _last_layer(by_path: Mapping[str, Record]) -> Record:
         return int(number[1]) if number else -1
 
     return by_path[max(by_path, key=layer)] if by_path else {}
+
+
+def _means_of(diagnostics: Sequence[Record]) -> dict[str, float]:
+    """Mean of each number that every edit has, times aside."""
+    made = {}
+    for name in diagnostics[0] if diagnostics else []:
+        values = [record[name] for record in diagnostics if isinstance(record.get(name), int | float)]
+        if len(values) == len(diagnostics) and not name.startswith("seconds"):
+            made[name] = round(fmean(values), 6)
+    return made
 
 
 def _stages(lines: Sequence[Record]) -> dict[str, float | None]:

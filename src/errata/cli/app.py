@@ -262,6 +262,9 @@ def bench(
         show.note(f"{out}: plan.yaml, records.jsonl, results.json")
     if wanted.drawings:
         draw.after_bench(wanted, out, result, data_dir, shown=not as_json)
+    for row in result["rows"]:
+        if row.get("finish_error"):
+            raise Failed(f"{row['method']} could not do what it does at the end of a sequence: {row['finish_error']}")
     if failed := sum(row["failed"] for row in result["rows"]):
         raise Failed(f"{failed} edits could not be made; the field 'error' of {out / 'records.jsonl'} says why")
 

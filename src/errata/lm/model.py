@@ -92,7 +92,7 @@ class LanguageModel:
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         """`collate` with this model's padding, on its device. Raises ModelError for a text longer than the model can take."""
-        self._check_length(max((len(e.ids) for e in encoded), default=0))
+        self.check_length(max((len(e.ids) for e in encoded), default=0))
         return collate(encoded, self.pad_id).to(self.device)
 
     def target_logits(self, batch: Batch) -> Tensor:
@@ -164,7 +164,7 @@ class LanguageModel:
     @torch.no_grad()
     def _continue(self, prompts: list[tuple[int, ...]], max_new_tokens: int, stop_at_newline: bool) -> list[list[int]]:
         width = max(map(len, prompts))
-        room = self._check_length(width)
+        room = self.check_length(width)
         max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
         if max_new_tokens < 1:
             return [[] for _ in prompts]
@@ -197,7 +197,7 @@ class LanguageModel:
         ids = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
         return sorted({i for i in ids if i is not None})
 
-    def _check_length(self, length: int) -> int | None:
+    def check_length(self, length: int) -> int | None:
         """Positions left after `length` tokens; None if the model sets no limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length > limit:

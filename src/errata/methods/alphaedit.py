@@ -56,13 +56,15 @@ class AlphaEdit(Locate):
         check_range(self.name, "l2", self.l2, 0, above=True)
         check_range(self.name, "threshold", self.threshold, 0, above=True)
         check_range(self.name, "share", self.share, 0, 1, above=True)
+        if self.threshold is not None and self.share is not None:
+            raise ValueError(f"{self.name}: give a threshold for the eigenvalues or a share of the directions, not both")
 
     def for_model(self, lm: LanguageModel) -> Self:
         """See `Locate.for_model`."""
-        chosen = super().for_model(lm)
-        if self.threshold is None and self.share is not None:
-            return replace(chosen, threshold=None)  # what was asked for, not the family's
-        return chosen if chosen.threshold is not None else replace(chosen, share=SHARE)
+        chosen = super(AlphaEdit, replace(self, share=None)).for_model(lm)
+        if self.share is not None or chosen.threshold is None:  # a share that was asked for counts before the family's threshold
+            return replace(chosen, threshold=None, share=self.share or SHARE)
+        return chosen
 
     def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
         """See `Locate.session`."""
@@ -75,9 +77,11 @@ class AlphaSession(LocateSession):
     method: AlphaEdit
 
     def ridge(self, layer: int) -> Ridge:
-        space = self.space(layer)
-        l2 = space.energy / 10 if self.method.l2 is None else self.method.l2
-        return Ridge(null_space_prior(space.project, l2), self.lm.anatomy.key_size, device=self.device)
+        return Ridge(null_space_prior(self.space(layer).project, self.l2(layer)), self.lm.anatomy.key_size, device=self.device)
+
+    def l2(self, layer: int) -> float:
+        """The ridge of a layer."""
+        return self.space(layer).energy / 10 if self.method.l2 is None else self.method.l2
 
     def space(self, layer: int) -> NullSpace:
         """The null space of the unedited model's keys at a layer."""
@@ -88,4 +92,5 @@ class AlphaSession(LocateSession):
         self.keep_keys(writes)
 
     def diagnostics(self) -> dict[str, Any]:
-        return {"null_space_share": round(min(self.space(layer).share for layer in self.layers), 4)}
+        shares, ridges = ([part(layer) for layer in self.layers] for part in (lambda i: self.space(i).share, self.l2))
+        return {"null_space_share": round(min(shares), 4), "least_l2": min(ridges)}

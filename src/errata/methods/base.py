@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from errata.edits.delta import Delta
 from errata.edits.edit import Edit
 from errata.facts import Fact, FactError
+from errata.lm.errors import ModelError
 from errata.lm.tokens import Encoded, encode
 from errata.methods.families import family
 from errata.objectives import get as get_objective
@@ -18,6 +19,14 @@ from errata.objectives.base import Objective
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
+
+
+def check_length(lm: LanguageModel, fact: Fact, texts: Sequence[Encoded]) -> None:
+    """Raise FactError if one of a fact's texts is longer than the model can take."""
+    try:
+        lm.check_length(max(len(text.ids) for text in texts))
+    except ModelError as error:
+        raise FactError(f"{str(fact)[:80]!r}: {error}") from error
 
 
 def check_range(owner: str, name: str, value: float | None, low: float, high: float = math.inf, above: bool = False) -> None:
@@ -114,6 +123,7 @@ class Session(ABC):
             raise FactError(str(error)) from error
         if not encoded.target_ids:
             raise FactError(f"the target {fact.target!r} has no tokens in {self.lm.name}; write another answer")
+        check_length(self.lm, fact, [encoded])
         return encoded
 
     def record(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from errata.edits.delta import Delta, LowRankDelta
 from errata.methods.alphaedit import AlphaEdit, AlphaSession
 from errata.methods.base import Session, check_range
 from errata.methods.locate.history import DeltaHistory, Threshold, project_out
+from errata.methods.locate.session import Writes
 from errata.methods.locate.sweep import Sweep
 from errata.methods.locate.value import Values, find_values
 
@@ -52,9 +53,11 @@ class DeltaEdit(AlphaEdit):
     removed: at most this share of the d directions is taken away, the strongest. floor: eigenvalues up to this count as 0; at 0 what is
         0 but for rounding. with_noise: the directions of [Δ_hist Δ_histᵀ | Δ_hist k_e] instead.
     key: whether k_e is the "mean" key that is written with, or the "bare" prompt's.
-    patience: so many constrained edits in a row, and m, v follow the noise all the same; None: never (they may then stay behind for good).
+    patience: so many constrained edits in a row, and m, v follow the noise all the same. None: the preset's; neither "paper" nor "released"
+        has one: once the noise has left the band, m and v may stay behind for good and every further edit is constrained.
     strict: the residual of the last layer, which also carries what the lower layers missed, is made orthogonal too. Ours.
-    retry: where p(target) under P_α stays below this, the value is found once more, freely. Ours; None: never.
+    retry: where p(target) under P_α stays below this, the value is found once more, freely. Ours. None: the preset's; 0: never.
+    enough: see `Search`; None: the preset's, 1: never.
     """
 
     name: ClassVar[str] = "deltaedit"
@@ -81,14 +84,12 @@ class DeltaEdit(AlphaEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
-            raise ValueError(f"deltaedit: preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
         for name in ("eta", "warm_up", "floor"):
             check_range(self.name, name, getattr(self, name), 0)
-        check_range(self.name, "xi", self.xi, 0, 1)
+        check_range(self.name, "xi", self.xi, 0, 0.999999)
         check_range(self.name, "removed", self.removed, 0, 1, above=True)
         check_range(self.name, "patience", self.patience, 1)
-        check_range(self.name, "retry", self.retry, 0, 1, above=True)
+        check_range(self.name, "retry", self.retry, 0, 1)
 
     def for_model(self, lm: LanguageModel) -> Self:
         """See `Locate.for_model`; the preset fills in the rest."""
@@ -113,26 +114,33 @@ class _Delta(AlphaSession):
         self.threshold = Threshold(
             method.eta, method.xi, method.warm_up, method.statistic, method.two_sided, method.start_at, method.patience
         )
-        # Of the edit that is being made: Û [F, d, r] or [d, r], which facts are held to it, their noise, and how many were let off.
-        self.directions: list[Tensor] = []
+        # Of the edit that is being made: Û [d, r] of the facts that are held to it, which these are [F], how many were let off; the noise
+        # ‖Δ_hist k_e‖² of each, the threshold; and what goes into Δ_hist.
+        self.directions: dict[int, Tensor] = {}
         self.bound = torch.zeros(0, dtype=torch.bool)
-        self.noise = torch.zeros(0)
         self.retried = 0
+        self.noise: list[float] = []
+        self.limit = 0.0
+        self.written: LowRankDelta | None = None
 
     def values(self, sweep: Sweep, requests: list[Any]) -> Values:
         """δ at the last critical layer, under P_α for the facts whose noise is above the threshold."""
         method, last, base = self.method, self.layers[-1], sweep.reached
         contexts = sweep.before[last]
         keys = contexts[:, 0] if method.key == "bare" else self.key(contexts)  # k_e [F, d_in]
-        self.noise = self.history.norm2(keys)  # [F]
-        self.bound = torch.tensor([self._exceeds(value) for value in self.noise.tolist()], device=base.device)
-        self.retried = 0
-        if not bool(self.bound.any()):
+        noise = self.history.norm2(keys)
+        self._refuse_runaway(noise)
+        self.noise = noise.tolist()
+        self.limit = self.threshold.band[1]
+        self.bound = torch.tensor([self.threshold.triggered(noise) for noise in self.noise], device=base.device)
+        self.retried, self.directions = 0, {}
+        bound = self.bound.nonzero().squeeze(-1).tolist()
+        if not bound:
             return find_values(self.lm, last, requests, base, method.search, self.objective)
         assert method.removed is not None  # for_model filled it in
         cap, floor = int(method.removed * base.shape[1]), method.floor or None
         noises = self.history.times(keys) if method.with_noise else [None] * len(keys)
-        self.directions = [self.history.directions(cap, floor, noise) for noise in (noises if method.with_noise else noises[:1])]
+        self.directions = {i: self.history.directions(cap, floor, noises[i]) for i in bound}
         found = find_values(self.lm, last, requests, base, method.search, self.objective, self._free_of_history)
         blocked = (self.bound & (found.probability < (method.retry or 0.0))).nonzero().squeeze(-1)
         if len(blocked):
@@ -143,18 +151,13 @@ class _Delta(AlphaSession):
             self.retried = len(blocked)
         return found
 
-    def _exceeds(self, noise: float) -> bool:
-        above = self.threshold.triggered(noise)
-        self.threshold.update(noise)
-        return above
-
     def _free_of_history(self, rows: Tensor, facts: Tensor) -> Tensor:
         """P_α (eq. 20) for those of the facts [A] that are bound, the others as they are. rows [A, d]."""
-        if len(self.directions) == 1:
-            free = project_out(rows, self.directions[0])
-        else:
-            free = torch.cat([project_out(row[None], self.directions[i]) for row, i in zip(rows, facts.tolist(), strict=True)])
-        return torch.where(self.bound[facts].unsqueeze(-1), free, rows)
+        free = rows.clone()
+        for row, fact in enumerate(facts.tolist()):
+            if bool(self.bound[fact]):
+                free[row] = project_out(rows[row : row + 1], self.directions[fact])[0]
+        return free
 
     def residual(self, index: int, residual: Tensor) -> Tensor:
         if self.method.strict and index == len(self.layers) - 1 and bool(self.bound.any()):
@@ -162,14 +165,20 @@ class _Delta(AlphaSession):
         return residual
 
     def shape(self, layer: int, delta: LowRankDelta) -> Delta:
-        if layer == self.layers[-1]:
-            self.history.add(delta.left, delta.right)
+        self.written = delta  # the last layer's comes last
         return delta
+
+    def remember(self, writes: Writes) -> None:
+        super().remember(writes)
+        assert self.written is not None
+        self.history.add(self.written.left, self.written.right)
+        for noise in self.noise:
+            self.threshold.update(noise)
 
     def diagnostics(self) -> dict[str, Any]:
         return super().diagnostics() | {
-            "history_noise": float(self.noise.max()),
-            "threshold": self.threshold.band[1],
+            "history_noise": max(map(self.threshold.value, self.noise)),
+            "threshold": self.limit,
             "constrained": int(self.bound.sum()),
             "retried": self.retried,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -84,7 +85,9 @@ class _Adapting(Session):
     def __init__(self, lm: LanguageModel, method: LoRA, objective: Objective | None, seed: int) -> None:
         super().__init__(lm, method, objective, seed)
         self.adapter: dict[str, tuple[Tensor, Tensor]] = {}  # path -> A [r, in], B [out, r]; empty before the first edit
-        self.edits: list[Edit] = []
+        # A long sequence folds its edits, and all but the last need not live on here.
+        self.edits: list[weakref.ref[Edit]] = []
+        self.last: Edit | None = None
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = time.perf_counter()
@@ -121,12 +124,14 @@ class _Adapting(Session):
             deltas.append(LowRankDelta(path, left, right))
         diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
         self.adapter = trained
-        self.edits.append(Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics))
-        return self.edits[-1]
+        self.last = Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
+        self.edits.append(weakref.ref(self.last))
+        return self.last
 
     def _without_adapter(self) -> AbstractContextManager[object]:
         """The adapter that goes on being trained is in the weights already, through the earlier edits: take it out while training."""
-        if missing := [edit for edit in self.edits if not edit.applied]:
+        known = [edit for made in self.edits if (edit := made()) is not None]
+        if missing := [edit for edit in known if not edit.applied]:
             raise EditError(
                 f"LoRA goes on training one adapter, but {missing[0]} of this session is not applied; apply() it, or start anew"
             )

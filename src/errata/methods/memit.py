@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.methods.base import Session, check_range
-from errata.methods.locate.ridge import Ridge, inverse_prior
+from errata.methods.locate.ridge import Ridge
 from errata.methods.locate.session import Locate, LocateSession, Writes
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ class MEMIT(Locate):
         """memit, or memit+history."""
         return "memit+history" if self.history else "memit"
 
+    def for_model(self, lm: LanguageModel) -> Self:
+        """See `Locate.for_model`."""
+        chosen = super().for_model(lm)
+        return replace(chosen, weight=float(lm.anatomy.key_size) if chosen.weight is None else chosen.weight)
+
     def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
         """See `Locate.session`."""
         return MemitSession(lm, self, objective, seed)
@@ -65,10 +70,9 @@ class MemitSession(LocateSession):
     method: MEMIT
 
     def ridge(self, layer: int) -> Ridge:
-        width = self.lm.anatomy.key_size
-        weight = float(width) if self.method.weight is None else self.method.weight
-        prior = self.memo(lambda: inverse_prior(self.moments.mean(layer).to(self.device), weight), layer, weight)
-        return Ridge(prior, width, device=self.device)
+        inverse, weight = self.inverse(layer), self.method.weight
+        assert weight is not None  # for_model filled it in
+        return Ridge(lambda keys: inverse(keys) / weight, self.lm.anatomy.key_size, device=self.device)
 
     def remember(self, writes: Writes) -> None:
         if self.method.history:

@@ -12,7 +12,7 @@ from torch import Tensor
 from errata.edits.delta import Delta
 from errata.lm.capture import submodule
 from errata.methods.base import Session
-from errata.methods.locate.ridge import Prior, Ridge, identity_prior, inverse_prior
+from errata.methods.locate.ridge import Ridge, identity_prior
 from errata.methods.locate.session import Locate, LocateSession, Stopwatch, Writes
 from errata.methods.locate.sweep import Sweep
 from errata.methods.locate.value import Values, find_values
@@ -63,9 +63,7 @@ class _Rome(LocateSession):
     method: ROME
 
     def ridge(self, layer: int) -> Ridge:
-        prior: Prior = identity_prior
-        if self.method.whiten:
-            prior = self.memo(lambda: inverse_prior(self.moments.mean(layer).to(self.device)), layer)
+        prior = self.inverse(layer) if self.method.whiten else identity_prior
         return Ridge(prior, self.lm.anatomy.key_size, slack=0.0, device=self.device)
 
     def key(self, contexts: Tensor) -> Tensor:
@@ -79,7 +77,8 @@ class _Rome(LocateSession):
         mean = self.key(sweep.keys)
         key = sweep.keys[:, 0] if self.method.key == "mixed" else mean
         with torch.no_grad():
-            residual = sweep.outputs[:, 0] + values.delta - submodule(self.lm.model, self.lm.anatomy.mlp_down[layer])(key)
+            written = submodule(self.lm.model, self.lm.anatomy.mlp_down[layer])(key.to(self.lm.dtype))  # W k, and the bias if there is one
+            residual = sweep.outputs[:, 0] + values.delta - written
         beta = self.solve(layer, mean)
         if self.method.key == "mixed":  # the same direction, of another length: β k = 1 at the bare prompt's key
             beta = torch.linalg.solve(beta @ key.to(beta).T, beta)

@@ -10,6 +10,7 @@ import torch
 from errata.edits.stack import Stack
 from errata.facts import Fact, FactError
 from errata.lm.tokens import Encoded, decode, encode
+from errata.methods.base import check_length
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -50,7 +51,9 @@ def request(lm: LanguageModel, fact: Fact, prefixes: tuple[str, ...]) -> Request
     if not contexts[0].target_ids:
         raise FactError(f"the target {fact.target!r} has no tokens in {lm.name}; write another answer")
     bare = encode(lm.tokenizer, f"{fact.subject} is a", subject_span=(0, len(fact.subject)))
-    return Request(fact, contexts, Encoded((*bare.ids, bare.ids[-1]), len(bare.ids), bare.subject_last))
+    made = Request(fact, contexts, Encoded((*bare.ids, bare.ids[-1]), len(bare.ids), bare.subject_last))
+    check_length(lm, fact, [*made.contexts, made.essence])
+    return made
 
 
 def prefixes(lm: LanguageModel, count: int, length: int, seed: int = 0) -> tuple[str, ...]:
@@ -59,12 +62,13 @@ def prefixes(lm: LanguageModel, count: int, length: int, seed: int = 0) -> tuple
     Sampled from the *unedited* model's five likeliest tokens at each place, one text at a time (no padding to get wrong), with a
     generator of its own; once for each model. They are put before a prompt as they are, so braces in them do no harm.
     """
-    kept: dict[tuple[int, int, int], tuple[str, ...]] = vars(lm.model).setdefault("errata_prefixes", {})
-    if (count, length, seed) not in kept:
+    kept: dict[tuple[str, int, int, int], tuple[str, ...]] = vars(lm.model).setdefault("errata_prefixes", {})
+    key = (lm.fingerprint, count, length, seed)
+    if key not in kept:
         with Stack.of(lm).aside_():
             made = [_sample(lm, STARTERS[i % len(STARTERS)], length, torch.Generator().manual_seed(seed * 1000 + i)) for i in range(count)]
-        kept[count, length, seed] = tuple(text.rstrip(" .\n") + ". " for text in made)
-    return kept[count, length, seed]
+        kept[key] = tuple(text.rstrip(" .\n") + ". " for text in made)
+    return kept[key]
 
 
 @torch.no_grad()

@@ -166,10 +166,13 @@ class DeltaHistory:
         return self._spectrum
 
     def _with_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Singular values of [D | noise] and its left singular vectors in the basis; Δ_hist k lies in that space."""
-        inside = self._basis.tensor @ noise.detach().to(self._basis.tensor)
-        left, values, _ = torch.linalg.svd(torch.cat([self._inner(), inside.unsqueeze(1)], 1), full_matrices=False)
-        return values, left
+        """Singular values of [D | noise] and its left singular vectors in the basis; Δ_hist k lies in that space.
+
+        From D² + n nᵀ, which takes half the time of a decomposition of [D | n]; what it loses lies far below the limits it is asked for.
+        """
+        inside, inner = self._basis.tensor @ noise.detach().to(self._basis.tensor), self._inner()
+        squares, left = torch.linalg.eigh(torch.addr(inner @ inner, inside, inside))
+        return squares.clamp(min=0).sqrt().flip(0), left.flip(1)
 
 
 @dataclass(slots=True)
@@ -216,7 +219,7 @@ class Threshold:
 
         Raises ValueError if h is not finite.
         """
-        value = self._value(h)
+        value = self.value(h)
         if self.count < self.warm_up or not self.started:
             return False
         low, high = self.band
@@ -224,7 +227,7 @@ class Threshold:
 
     def update(self, h: float) -> None:
         """Count the edit with h = ‖Δ_hist k‖², once, after it was asked about; m and v learn from it as the rules above say."""
-        outside, value = self.triggered(h), self._value(h)
+        outside, value = self.triggered(h), self.value(h)
         self.count += 1
         self.streak = self.streak + 1 if outside else 0
         if outside and (self.patience is None or self.streak <= self.patience):
@@ -244,7 +247,8 @@ class Threshold:
         for name in _LEARNT:
             setattr(self, name, state[name])
 
-    def _value(self, h: float) -> float:
+    def value(self, h: float) -> float:
+        """The statistic of a noise h = ‖Δ_hist k‖². Raises ValueError if h is not finite."""
         if not (math.isfinite(h) and h >= 0):
             raise ValueError(f"the noise of the history must be a finite number, at least 0, got {h!r}: the earlier edits have run away")
         return math.sqrt(h) if self.statistic == "norm" else h

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.stack import Stack
-from errata.facts import Fact, FactError
+from errata.facts import Fact
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
 from errata.methods.base import Method, Session, check_range
 from errata.methods.locate.contexts import prefixes, request
-from errata.methods.locate.ridge import Ridge
+from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
 from errata.methods.locate.sweep import Sweep
 from errata.methods.locate.value import Search, Values, find_values
 from errata.statistics.moments import Moments, moments_for
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
-T = TypeVar("T")
 Writes = list[tuple[int, Tensor, Tensor]]
 """(layer, keys [F, d_in], residuals [F, d]) of one edit, from low to high."""
 
@@ -79,6 +78,11 @@ class Locate(Method):
         check_range(self.name, "enough", self.enough, 0, 1, above=True)
         check_range(self.name, "prefix_length", self.prefix_length, 1)
         check_range(self.name, "tokens", self.tokens, 1)
+        for name, hint in get_type_hints(type(self)).items():
+            options = [o for part in (hint, *get_args(hint)) if get_origin(part) is Literal for o in get_args(part)]
+            if options and getattr(self, name, None) not in (*options, None):
+                known = " or ".join(map(repr, options))
+                raise ValueError(f"{self.name}: {name} must be {known}, got {getattr(self, name)!r}")
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise ValueError(f"{self.name}: layers must be numbers from low to high, each once, got {list(self.layers)}")
 
@@ -145,14 +149,14 @@ class LocateSession(Session):
         with Stack.of(self.lm).aside_():
             return moments_for(self.lm, self.layers, corpus=self.method.corpus, tokens=self.method.tokens)
 
-    def memo(self, make: Callable[[], T], *about: Any) -> T:
-        """What `make` gives, once for each model and `about`: factorisations, which only depend on the unedited model."""
-        kept: dict[tuple[Any, ...], Any] = vars(self.lm.model).setdefault("errata_factors", {})
-        where = (self.layers, self.method.corpus, self.method.tokens, *about)
+    def inverse(self, layer: int) -> Prior:
+        """k -> C⁻¹k at a layer. The factor is found once for each model and statistics, and hangs on the model."""
+        kept: dict[tuple[Any, ...], Prior] = vars(self.lm.model).setdefault("errata_factors", {})
+        moments = self.moments
+        where = (moments.fingerprint, moments.pieces, moments.count, layer)
         if where not in kept:
-            kept[where] = make()
-        made: T = kept[where]
-        return made
+            kept[where] = inverse_prior(moments.mean(layer).to(self.device))
+        return kept[where]
 
     @abstractmethod
     def ridge(self, layer: int) -> Ridge:
@@ -231,14 +235,14 @@ class LocateSession(Session):
         return self.low_rank(layer, residual, self.solve(layer, key))
 
     def solve(self, layer: int, key: Tensor) -> Tensor:
-        """β [F, d_in]. Raises EditError where the numbers have run away, FactError where facts of one edit cannot be told apart."""
+        """β [F, d_in]. Raises EditError where the numbers have run away, or facts of one edit cannot be told apart."""
         self._refuse_runaway(key)
         try:
             return self.ridges[layer].solve(key)
         except ArithmeticError as error:
             raise EditError(f"{self.method.name} cannot go on: {error}") from error
         except ValueError as error:
-            raise FactError(f"these facts cannot be written together: {error}") from error
+            raise EditError(f"{self.method.name} cannot write these facts together: {error}") from error
 
     def _refuse_runaway(self, *tensors: Tensor) -> None:
         """A history must never take in what is not finite: it would spoil all later edits."""

@@ -80,6 +80,8 @@ class Sweep:
         """[F·C, T, w] (flattened in OPT) -> [F, C, w]."""
         values = values.reshape(*self._batch.input_ids.shape, -1)
         taken: Tensor = values[self._rows, self._batch.subject_last]
+        # What follows are differences of states and means of keys: in half precision they would be lost.
+        taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
         return taken.view(self._facts, -1, taken.shape[-1])
 
 

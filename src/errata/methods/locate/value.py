@@ -83,7 +83,7 @@ def find_values(
     """Optimise δ for F independent facts, with the weights as they are.
 
     layer: δ is added to its output, through the output of its MLP (which is the same unless a norm comes between).
-    base [F, d]: v₀, what stands there now; it sets the scale of `clamp` and `decay`.
+    base [F, d], float32 or wider: v₀, what stands there now; it sets the scale of `clamp` and `decay`. δ has its type.
     project: (rows [A, d], facts [A]) -> [A, d], applied to δ of these facts after each update, before the clamp (DeltaEdit eq. 21).
 
     Only what δ can change runs: the layers above (from `layer` itself on in post-norm models), the tokens from the subject's last one
@@ -95,16 +95,15 @@ def find_values(
     contexts = len(requests[0].contexts)
     if any(len(request.contexts) != contexts for request in requests):
         raise ValueError("every fact needs the same number of contexts")
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    delta, probability = torch.zeros_like(base, dtype=dtype), torch.zeros(len(base), device=base.device)
+    delta, probability = torch.zeros_like(base), torch.zeros(len(base), device=base.device)
     steps, losses = torch.zeros(len(base), dtype=torch.long, device=base.device), torch.zeros(search.steps + 1)
     for alike in _groups(requests):
         facts = torch.tensor(alike, device=base.device)
-        found = _search(lm, layer, [requests[i] for i in alike], base[facts].to(dtype), facts, search, objective, project)
+        found = _search(lm, layer, [requests[i] for i in alike], base[facts], facts, search, objective, project)
         delta[facts], probability[facts], steps[facts] = found.delta, found.probability, found.steps
         # A group that is done earlier stays where it is.
         losses += torch.tensor(found.losses + found.losses[-1:] * (search.steps + 1 - len(found.losses))) * len(alike) / len(requests)
-    return Values(delta.to(base.dtype), probability, steps, losses[: int(steps.max()) + 1].tolist())
+    return Values(delta, probability, steps, losses[: int(steps.max()) + 1].tolist())
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
