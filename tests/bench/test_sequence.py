@@ -392,11 +392,16 @@ def test_a_sequence_longer_than_the_data_is_refused_before_anything_is_written(t
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_every_method_goes_on_to_the_same_bits(tmp_path: Path, batch: int) -> None:
-    """On the bundled model, whatever a method carries from edit to edit: stopped again and again, after every fourth edit."""
+    """On the bundled model, whatever a method carries from edit to edit: stopped again and again, after every fourth edit.
+
+    DeltaEdit's threshold is low, so that edits are held off the history before a stop and after it.
+    """
     lm = errata.load("atlas")
     names = tuple(methods.NAMES)
     settings = {"ft-m": {"steps": 2}, "ft-l": {"steps": 2}, "lora": {"steps": 2}}
     settings |= {name: {"steps": 3} for name in names if name not in settings}
+    # of three edits of two facts only the last would come after a first noise and be held
+    settings["deltaedit"] |= {"warm_up": 1, "eta": 0.1, "start_at": "first" if batch == 1 else "zero"}
     plan = Plan("atlas", "atlas", names, protocol="sequential:5", checkpoints=(4,), batch=batch, settings=settings, split="test")
     data = atlas.cases("test")[:20]
     whole = go(tmp_path / "whole", lm, plan, data)
@@ -408,18 +413,24 @@ def test_every_method_goes_on_to_the_same_bits(tmp_path: Path, batch: int) -> No
         if seen % (4 if batch == 1 else 2) == 0:
             raise Stop
 
-    stops = 0
+    def held() -> list[int]:
+        edits = [line for line in lines(tmp_path / "stopped") if line["method"] == "deltaedit" and line["step"].startswith("edit")]
+        return [line["diagnostics"]["constrained"] for line in edits]
+
+    stops, so_far = 0, []
     while True:
         try:
             results = go(tmp_path / "stopped", lm, plan, data, resume=True, progress=stop, snapshot_every=2)
             break
         except Stop:
             stops += 1
+            so_far.append(held())
     assert stops >= len(names)
     for row, other in zip(untimed(whole)["rows"], untimed(results)["rows"], strict=True):
         assert row == other, row["method"]
+    assert any(0 < sum(before) < sum(held()) for before in so_far), (so_far, held())
     different = {row["weights_sha256"] for row in whole["rows"]}
-    assert len(different) >= len(names) - 2, "after so few edits DeltaEdit is AlphaEdit, and PRUNE is MEMIT"
+    assert len(different) >= len(names) - 1, "after so few edits PRUNE is MEMIT"
 
 
 @pytest.mark.slow

@@ -37,9 +37,9 @@ METHODS = {
     "alphaedit threshold": AlphaEdit(threshold=0.3, l2=0.5, **SPREAD),
     "deltaedit": DeltaEdit(preset="paper", eta=0.5, warm_up=2, **SPREAD),
     "deltaedit capped": DeltaEdit(preset="paper", eta=0.0, warm_up=0, removed=0.2, **SPREAD),  # at most 3 of 16 directions
-    "deltaedit released": DeltaEdit(eta=0.5, warm_up=3, **SPREAD),  # at most 4, after one edit that m and v learn from
+    "deltaedit released": DeltaEdit(eta=1.5, warm_up=3, **SPREAD),  # at most 4, after edits that m and v learn from
     "deltaedit floor": DeltaEdit(eta=0.5, warm_up=2, floor=5.0, **SPREAD),
-    "deltaedit mixed": DeltaEdit(preset="paper", eta=0.1, warm_up=2, two_sided=True, start_at="first", floor=3.0, **SPREAD),
+    "deltaedit mixed": DeltaEdit(preset="paper", eta=0.1, warm_up=1, two_sided=True, start_at="first", floor=5.0, **SPREAD),
 }
 
 
