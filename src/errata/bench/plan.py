@@ -92,6 +92,7 @@ class Plan:
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
         last is for the objective in that company only. Those of a labelled method come on top of those of the method.
+    dtype: the type of the weights; None: the checkpoint's own.
     threads: torch threads; part of the plan because sums in another order may differ in the last bit.
     data_hash, model_fingerprint, versions: filled in when the run starts, checked when it goes on.
     """
@@ -110,6 +111,7 @@ class Plan:
     split: str | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Settings = field(default_factory=dict)
+    dtype: str | None = None
     threads: int | None = None
     data_hash: str | None = None
     model_fingerprint: str | None = None
@@ -323,7 +325,7 @@ def configure(part: T, settings: Mapping[str, Any], name: str) -> T:
     try:
         return replace(part, **values)
     except ValueError as error:
-        raise PlanError(f"{name}: {error}") from error
+        raise PlanError(str(error) if str(error).startswith(f"{name.partition('@')[0]}:") else f"{name}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

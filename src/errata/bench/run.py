@@ -68,10 +68,12 @@ def run(
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
         raise PlanError(f"{plan.data} has two cases with the id {next(i for i in ids if ids.count(i) > 1)!r}; records are found by it")
-    lm = (load or (lambda: load_model(plan.model)))()
+    lm = (load or (lambda: load_model(plan.model, dtype=plan.dtype)))()
     with _threads(plan.threads) as threads:
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
+        for _, method, objective in rows:
+            method.start(lm, objective=objective)  # what cannot edit this model says so before anything is written
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is None:

@@ -237,6 +237,7 @@ def bench(
         "limit": limit,
         "split": split,
         "seeds": _numbers("--seed", seed),
+        "dtype": dtype,
         "threads": threads,
     }
     options = {name: value for name, value in given.items() if value is not None}
@@ -254,7 +255,7 @@ def bench(
     from errata.bench.run import run
 
     with show.progress("bench") as report:
-        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, dtype), progress=report)
+        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, wanted.dtype), progress=report)
     if as_json:
         show.json_out(result)
     else:

@@ -44,6 +44,7 @@ def collect(
 ) -> None:
     """Run text through a model and keep the second moments of its keys. May be stopped at any moment and resumed."""
     wanted = _layers(layers)
+    _named(out)
     _not_there(out, resume)
     if corpus is not None:
         from errata.statistics import texts
@@ -72,6 +73,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Add files that were collected over different pieces of text."""
+    _named(out)
     if len(pieces) < 2:
         raise PlanError(f"there is nothing to add to {pieces[0]}; give at least two files")
     _not_there(out, resume=False)
@@ -177,6 +179,12 @@ def _thresholds(given: list[str]) -> list[float]:
         return [float(part) for text in given for part in text.split(",")]
     except ValueError:
         raise PlanError(f"--threshold must be numbers like 0.02 or 0.02,0.1 (got {', '.join(given)!r})") from None
+
+
+def _named(out: Path) -> None:
+    """Editors tell statistics from text by the name."""
+    if out.suffix != ".safetensors":
+        raise PlanError(f"{out} must end in .safetensors, as files of statistics do; write --out {out}.safetensors")
 
 
 def _not_there(out: Path, resume: bool) -> None:

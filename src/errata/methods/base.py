@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.edits.delta import Delta
 from errata.edits.edit import Edit
+from errata.edits.errors import EditError
 from errata.facts import Fact, FactError
 from errata.lm.errors import ModelError
 from errata.lm.tokens import Encoded, encode
@@ -27,6 +28,12 @@ def check_length(lm: LanguageModel, fact: Fact, texts: Sequence[Encoded]) -> Non
         lm.check_length(max(len(text.ids) for text in texts))
     except ModelError as error:
         raise FactError(f"{str(fact)[:80]!r}: {error}") from error
+
+
+def refuse_broken(lm: LanguageModel, losses: Sequence[float]) -> None:
+    """Raise EditError if already the first loss, before any step, is no number."""
+    if len(losses) == 1 and not math.isfinite(losses[0]):
+        raise EditError(f"{lm.name} gives no finite probabilities; its weights are broken: revert the last edits, or load it anew")
 
 
 def check_range(owner: str, name: str, value: float | None, low: float, high: float = math.inf, above: bool = False) -> None:

@@ -17,7 +17,7 @@ from errata.lm.capture import add_to_output, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import from_layer, states_at
-from errata.methods.base import Method, Session, check_range
+from errata.methods.base import Method, Session, check_range, refuse_broken
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -111,6 +111,7 @@ class _Tuning(Session):
                 for step in range(ft.steps + 1):
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
+                    refuse_broken(lm, losses)
                     if step == ft.steps or losses[-1] < ft.stop or bool(value.finished.all()):
                         break
                     (change.grad,) = torch.autograd.grad(value.loss.mean(), change)

@@ -18,7 +18,7 @@ from errata.edits.errors import EditError
 from errata.facts import Fact
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
-from errata.methods.base import Method, Session, check_range
+from errata.methods.base import Method, Session, check_range, refuse_broken
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -109,6 +109,7 @@ class _Adapting(Session):
                 for step in range(lora.steps + 1):
                     value = self.objective.evaluate(self.lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
+                    refuse_broken(self.lm, losses)
                     if step == lora.steps or bool(value.finished.all()):
                         break
                     for parameter, gradient in zip(parameters, torch.autograd.grad(value.loss.mean(), parameters), strict=True):

@@ -70,7 +70,7 @@ def texts(source: str | Path | Corpus | None, lm: LanguageModel | None = None) -
         return _file(path, path.name)
     if isinstance(source, Path) or not text.strip() or text.startswith((".", "~", "/", "\\")) or text.endswith(SUFFIXES):
         raise StatisticsError(f"there is no file or folder {text!r}; give a text file, a folder of them, '{BUNDLED}' or a data set's name")
-    return _data_set(text, "give a text file instead: corpus=FILE, or --corpus FILE")
+    return _data_set(text, "no file of that name is here either: give a text file, corpus=FILE or --corpus FILE")
 
 
 def _bundled() -> Path:

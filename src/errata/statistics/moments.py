@@ -167,7 +167,7 @@ def collect(
     progress: Progress | None = None,
     path: str | Path | None = None,
     resume: bool = False,
-    every: float = 60.0,
+    every: float = 20.0,
 ) -> Moments:
     """Run ordinary text through the model and sum k kᵀ, for all layers in one pass; layers above the highest do not run.
 
@@ -238,11 +238,13 @@ def moments_for(
     target = 10 * lm.anatomy.key_size if tokens is None else tokens
     memory: dict[Any, Any] = vars(lm.model).setdefault("errata_statistics", {})
     source = corpus.digest if isinstance(corpus, Corpus) else str(corpus)
+    if not isinstance(corpus, Corpus) and corpus is not None and (file := Path(corpus).expanduser()).is_file():
+        source = f"{source} {file.stat().st_mtime_ns} {file.stat().st_size}"  # another text under the same name is another text
     key = ("moments", lm.fingerprint, source, target)
     held: Moments | None = memory.get(key)
     if held is None or not set(layers) <= set(held.layers):
-        if not isinstance(corpus, Corpus) and source.endswith(SUFFIX):
-            held = Moments.load(Path(source).expanduser(), layers)
+        if isinstance(corpus, str | Path) and str(corpus).endswith(SUFFIX):
+            held = Moments.load(Path(corpus).expanduser(), layers)
             held.check(lm)
         else:
             held = _from_files(lm, layers, corpus_of(corpus, lm), target, progress)

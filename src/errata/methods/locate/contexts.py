@@ -9,6 +9,7 @@ import torch
 
 from errata.edits.stack import Stack
 from errata.facts import Fact, FactError
+from errata.lm.errors import ModelError
 from errata.lm.tokens import Encoded, decode, encode
 from errata.methods.base import check_length
 
@@ -77,6 +78,8 @@ def _sample(lm: LanguageModel, starter: str, length: int, generator: torch.Gener
     ends = [i for i in _ids_of(lm.model.config.get_text_config().eos_token_id, lm.tokenizer.eos_token_id) if i is not None]
     for _ in range(length):
         logits = lm.model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).logits[0, -1].float().cpu()
+        if not logits.isfinite().all():
+            raise ModelError(f"{lm.name} gives no finite probabilities; its weights are broken, load them anew")
         logits[ends] = -torch.inf
         top = logits.topk(TOP_K)
         ids.append(int(top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=generator)]))

@@ -30,6 +30,7 @@ from errata.methods.locate.contexts import prefixes, request
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
 from errata.methods.locate.sweep import Sweep
 from errata.methods.locate.value import Search, Values, find_values
+from errata.statistics.errors import StatisticsError
 from errata.statistics.moments import Moments, moments_for
 
 if TYPE_CHECKING:
@@ -145,9 +146,15 @@ class LocateSession(Session):
 
     @cached_property
     def moments(self) -> Moments:
-        """Second moments of the unedited model's keys at the critical layers."""
+        """Second moments of the unedited model's keys at the critical layers. Raises StatisticsError where they say too little."""
         with Stack.of(self.lm).aside_():
-            return moments_for(self.lm, self.layers, corpus=self.method.corpus, tokens=self.method.tokens)
+            moments = moments_for(self.lm, self.layers, corpus=self.method.corpus, tokens=self.method.tokens)
+        if moments.count < moments.width:
+            raise StatisticsError(
+                f"{moments.count} tokens say nothing about most of the {moments.width} dimensions of a key, so {self.method.name} cannot "
+                f"know what must not move; give it more text (corpus=FILE, or tokens above {moments.width}; ten times as many are usual)"
+            )
+        return moments
 
     def inverse(self, layer: int) -> Prior:
         """k -> C⁻¹k at a layer. The factor is found once for each model and statistics, and hangs on the model."""
