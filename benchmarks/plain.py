@@ -96,10 +96,11 @@ class Plain:
         keys = None
         if isinstance(self.method, DeltaEdit):
             keys = self._contexts(requests, self.down[-1])[:, 0] if self.method.key == "bare" else self._keys(requests, -1)
+        noises = [] if keys is None else [self.added @ key for key in keys.double()]  # Δ_hist k_e [d] of each fact
         lap("keys")
         targets = []
         for i, one in enumerate(requests):
-            directions = None if keys is None else self._directions(keys[i])
+            directions = self._directions(noises[i]) if noises and self._outside(noises[i]) else None
             made.constrained += directions is not None
             targets.append(self._value(one, directions, made))
         lap("value")
@@ -109,6 +110,8 @@ class Plain:
             lap("keys")
             self._write(i, k, missing / (len(self.layers) - i), requests)
             lap("write")
+        for noise in noises:  # each fact is an edit of its own, but those of a batch are asked before any is learnt from
+            self._learn(noise)
         if isinstance(self.method, AlphaEdit) or getattr(self.method, "history", False):
             for i in range(len(self.layers)):
                 k = self._keys(requests, i).double()  # once more, on the edited model
@@ -216,22 +219,33 @@ class Plain:
             self.lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return seen["it"][torch.arange(len(texts)), batch.subject_last]
 
-    def _directions(self, key: Tensor) -> Tensor | None:
-        """Û [d, r] if the noise of Δ_hist at this key is out of the ordinary, else None, and the threshold learns (Algorithm 1)."""
+    def _size(self, noise: Tensor) -> float:
+        """h of Algorithm 1."""
+        norm = float(noise.norm())
+        return norm if getattr(self.method, "statistic", None) == "norm" else norm**2
+
+    def _outside(self, noise: Tensor) -> bool:
+        """Whether an edit's noise [d] is out of the ordinary (eq. 24)."""
         method: Any = self.method
-        noise = self.added @ key.double()  # [d]
-        h = float(noise.norm() if method.statistic == "norm" else noise.square().sum())
-        reach = method.eta * self.variance**0.5
+        h, reach = self._size(noise), method.eta * self.variance**0.5
         outside = h > self.mean + reach or (method.two_sided and h < self.mean - reach)
-        self.count += 1  # each fact is an edit of its own, also in a batch
-        if self.started and self.count > method.warm_up and outside:
-            outer = self.added @ self.added.T
-            u, values, _ = torch.linalg.svd(torch.cat([outer, noise[:, None]], 1) if method.with_noise else outer)
-            rank = min(int((values > max(method.floor, ZERO * values[0])).sum()), int(method.removed * len(u)))
-            return u[:, :rank].to(self.lm.dtype)
+        return bool(self.started and self.count >= method.warm_up and outside)
+
+    def _learn(self, noise: Tensor) -> None:
+        """m and v take the noise in if it is ordinary (eq. 22, 23)."""
+        method: Any = self.method
+        h, outside = self._size(noise), self._outside(noise)
+        self.count += 1
         if not self.started:  # until there is a history
             self.mean, self.started = h, h > 0
-            return None
-        self.mean = method.xi * self.mean + (1 - method.xi) * h
-        self.variance = method.xi * self.variance + (1 - method.xi) * (h - self.mean) ** 2
-        return None
+        elif not outside:
+            self.mean = method.xi * self.mean + (1 - method.xi) * h
+            self.variance = method.xi * self.variance + (1 - method.xi) * (h - self.mean) ** 2
+
+    def _directions(self, noise: Tensor) -> Tensor:
+        """Û [d, r] (eq. 18 to 20)."""
+        method: Any = self.method
+        outer = self.added @ self.added.T
+        u, values, _ = torch.linalg.svd(torch.cat([outer, noise[:, None]], 1) if method.with_noise else outer)
+        rank = min(int((values > max(method.floor, ZERO * values[0])).sum()), int(method.removed * len(u)))
+        return u[:, :rank].to(self.lm.dtype)

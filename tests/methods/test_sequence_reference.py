@@ -116,10 +116,11 @@ def test_the_floor_leaves_directions_in(family: str, name: str) -> None:
     assert any(0 < some < most for some, most in zip(removed, allowed, strict=True)), (removed, allowed)
 
 
-@pytest.mark.parametrize("name", ["memit", "memit+history", "rect", "alphaedit", "deltaedit"])
+@pytest.mark.parametrize("name", ["memit", "memit+history", "rect", "alphaedit", "deltaedit", "deltaedit mixed"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_so_do_batches(family: str, name: str) -> None:
-    both(family, METHODS[name], [FACTS[:3], FACTS[3:5]])
+    _, made = both(family, METHODS[name], [FACTS[:2], FACTS[2:4], FACTS[4:]])
+    assert any(m.constrained for m in made) == name.startswith("deltaedit")
 
 
 def test_facts_of_a_batch_stop_where_they_would_stop_alone() -> None:
