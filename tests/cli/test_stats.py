@@ -84,12 +84,12 @@ def test_merge(model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.equal(Moments.load(out).sums[2], a.sums[2] + b.sums[2])
     for argv, message in (
         ([str(files[0])], "at least two"),
-        ([str(files[0]), str(files[0]), "--out", str(tmp_path / "twice")], "count twice"),
+        ([str(files[0]), str(files[0]), "--out", str(tmp_path / "twice.safetensors")], "count twice"),
         ([*map(str, files), "--out", str(out)], "exists already"),
-        ([str(files[0]), str(tmp_path / "none"), "--out", str(tmp_path / "new")], "there is no file"),
-        ([str(files[0]), str(other), "--out", str(tmp_path / "new")], "damaged"),
+        ([str(files[0]), str(tmp_path / "none"), "--out", str(tmp_path / "new.safetensors")], "there is no file"),
+        ([str(files[0]), str(other), "--out", str(tmp_path / "new.safetensors")], "damaged"),
     ):
-        code, printed, err = said(capsys, "stats", "merge", *argv, *([] if "--out" in argv else ["--out", str(tmp_path / "new")]))
+        code, printed, err = said(capsys, "stats", "merge", *argv, *([] if "--out" in argv else ["--out", str(tmp_path / "new.safetensors")]))
         assert (code, printed) == (2, "") and message in err
 
 
@@ -121,19 +121,19 @@ def test_stopped_and_resumed(
 
 def test_too_little_text_is_said(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("A few words.")
-    code, _, err = collected(capsys, model, str(tmp_path / "a.txt"), tmp_path / "stats")
+    code, _, err = collected(capsys, model, str(tmp_path / "a.txt"), tmp_path / "stats.safetensors")
     assert code == 0 and "say nothing about some of the 40 dimensions" in err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "0,x", "--out", "F"], "--layers must be numbers"),
-        (["--layers", "3-1", "--out", "F"], "--layers must be numbers"),
-        (["--layers", "9", "--out", "F", "--corpus", "bundled"], "layers 0 to 3"),
-        (["--layers", "0", "--out", "F", "--corpus", "nowhere.txt"], "there is no file or folder 'nowhere.txt'"),
-        (["--layers", "0", "--out", "."], "is a folder"),
-        (["--out", "F"], "--layers"),
+        (["--layers", "0,x", "--out", "F.safetensors"], "--layers must be numbers"),
+        (["--layers", "3-1", "--out", "F.safetensors"], "--layers must be numbers"),
+        (["--layers", "9", "--out", "F.safetensors", "--corpus", "bundled"], "layers 0 to 3"),
+        (["--layers", "0", "--out", "F.safetensors", "--corpus", "nowhere.txt"], "there is no file or folder 'nowhere.txt'"),
+        (["--layers", "0", "--out", "F"], "must end in .safetensors"),
+        (["--out", "F.safetensors"], "--layers"),
     ],
 )
 def test_mistakes_write_nothing(

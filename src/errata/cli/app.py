@@ -122,6 +122,9 @@ def edit(
         show.json_out(result | {"diagnostics": made.diagnostics})
     else:
         show.before_and_after(rows)
+        for item, text in zip(wanted, after, strict=True):
+            if not text.strip().startswith(item.target):
+                show.note(f"by itself the edited model does not answer {item.target!r} to {item.text!r}: this edit did not take")
         show.note(f'kept in {out}; see it again with: errata ask --model {model} --edits {out} "…"')
 
 
