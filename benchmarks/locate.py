@@ -381,7 +381,7 @@ def _stages(row: Row) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"a": one_by_one, "b": batches, "c": solves, "d": curve, "e": memory}
 QUICK: Row = {
-    "steps": 3, "tokens": 600, "edits": {"atlas": 2, "gpt2-small": 2}, "batch": 4, "batches": 1, "few": 1, "widths": [256], "dense": 1,
+    "steps": 3, "tokens": 3200, "edits": {"atlas": 2, "gpt2-small": 2}, "batch": 4, "batches": 1, "few": 1, "widths": [256], "dense": 1,
     "earlier": 40, "solves": 3, "curve_width": 64, "curve": 80, "whole": 8, "blocks": 4,
 }  # fmt: skip
 
