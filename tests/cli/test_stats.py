@@ -89,7 +89,8 @@ def test_merge(model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixt
         ([str(files[0]), str(tmp_path / "none"), "--out", str(tmp_path / "new.safetensors")], "there is no file"),
         ([str(files[0]), str(other), "--out", str(tmp_path / "new.safetensors")], "damaged"),
     ):
-        code, printed, err = said(capsys, "stats", "merge", *argv, *([] if "--out" in argv else ["--out", str(tmp_path / "new.safetensors")]))
+        out_option = [] if "--out" in argv else ["--out", str(tmp_path / "new.safetensors")]
+        code, printed, err = said(capsys, "stats", "merge", *argv, *out_option)
         assert (code, printed) == (2, "") and message in err
 
 
