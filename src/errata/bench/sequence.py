@@ -271,7 +271,7 @@ class _Sequence:
         return digest.hexdigest()
 
     def _weight(self, path: str) -> Tensor:
-        weight: Tensor = submodule(self.lm.model, path).weight  # type: ignore[assignment]
+        weight: Tensor = submodule(self.lm.model, path).weight  # type: ignore[assignment]  # an edit has been applied there
         return weight.detach()
 
     def _line(self, step: str) -> Record:

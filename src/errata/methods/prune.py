@@ -36,7 +36,7 @@ class PRUNE(MEMIT):
         growth_base(self.growth)  # unknown ones are refused
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:  # type: ignore[override]  # MEMIT's depends on its history
         """prune."""
         return "prune"
 

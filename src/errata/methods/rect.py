@@ -34,7 +34,7 @@ class RECT(MEMIT):
         check_range(self.name, "keep", self.keep, 0, 1, above=True)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:  # type: ignore[override]  # MEMIT's depends on its history
         """rect."""
         return "rect"
 

@@ -118,7 +118,7 @@ def _content(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]  # a gzip file is one
 
 
 def _read(path: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
@@ -229,7 +229,7 @@ class LocateSession(Session):
             clock.lap("write")
             deltas.append(delta)
             writes.append((layer, key, residual))
-            sweep.write(lambda k, delta=delta: self.effect(delta, k))  # type: ignore[misc]
+            sweep.write(partial(self.effect, delta))
         clock.lap("keys")
         return deltas, writes
 
