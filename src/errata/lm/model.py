@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from errata.lm.anatomy import Anatomy, find_anatomy
+from errata.lm.asking import asking, prefaced
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
 from errata.lm.tokens import Batch, Encoded, collate, decode, encode
@@ -92,6 +93,7 @@ class LanguageModel:
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         """`collate` with this model's padding, on its device. Raises ModelError for a text longer than the model can take."""
+        encoded = prefaced(self, list(encoded))
         self.check_length(max((len(e.ids) for e in encoded), default=0))
         return collate(encoded, self.pad_id).to(self.device)
 
@@ -131,7 +133,8 @@ class LanguageModel:
 
         handle = submodule(self.model, self.anatomy.head).register_forward_pre_hook(pick)
         try:
-            output = self.model(**inputs)
+            with asking(self, positions.masked_fill(~mask, int(positions.max())).amin(-1)):
+                output = self.model(**inputs)
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]  # [N, V]
@@ -148,7 +151,7 @@ class LanguageModel:
         model's positions end. Prompts run in batches padded on the left, which gives the text that each would give alone.
         Raises ModelError for a prompt longer than the model can take.
         """
-        encoded = [encode(self.tokenizer, prompt).ids for prompt in prompts]
+        encoded = [text.ids for text in prefaced(self, [encode(self.tokenizer, prompt) for prompt in prompts])]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # neighbours of like length waste little padding
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
@@ -176,7 +179,7 @@ class LanguageModel:
         )
         line_end = _LineEnd(self.tokenizer)
         criteria = StoppingCriteriaList([line_end] if stop_at_newline else [])
-        with _generation_config(self.model, greedy):
+        with _generation_config(self.model, greedy), asking(self, torch.full((len(prompts),), width - 1, device=self.device)):
             out = self.model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=criteria)
 
         # A row that ended before the others is filled up with padding, which may be an ordinary token: cut it where it ended.

@@ -112,7 +112,7 @@ class Session(ABC):
             last = self.finish()
         if not last:
             return edit
-        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys)
+        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys, edit.memory)
 
     def state_dict(self) -> dict[str, Any]:
         """What must be kept for the sequence to go on as if it had not stopped."""
