@@ -24,7 +24,7 @@ from errata.edits import Edit
 from errata.facts import EditCase, FactError
 from errata.lm import LanguageModel
 from errata.lm import load as load_model
-from errata.metrics import generation, teacher_forced
+from errata.metrics import generation, multihop, teacher_forced
 from errata.metrics import summarise as means
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _measure(
         return record | {"error": str(error)}
     clock = time.perf_counter()
     with edit.applied_():
-        outcome = _outcome(lm, case, before)
+        outcome = _outcome(lm, case, before, row.seed)
     return record | {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
@@ -166,11 +166,16 @@ def _measure(
     }
 
 
-def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None) -> dict[str, Any]:
-    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes."""
+def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None, seed: int = 0) -> dict[str, Any]:
+    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes. seed: of what is sampled."""
     outcome = teacher_forced.score(lm, case, before).to_dict()
     del outcome["id"]
-    return outcome | {"generation": generation.score(lm, case).to_dict()}
+    return outcome | {"generation": generation.score(lm, case).to_dict()} | _questions(lm, case, seed)
+
+
+def _questions(lm: LanguageModel, case: EditCase, seed: int) -> dict[str, Any]:
+    """What the model answers to the case's questions, where it has any."""
+    return {"questions": multihop.score(lm, case, seed).to_dict()} if case.questions else {}
 
 
 @contextmanager
