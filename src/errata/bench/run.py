@@ -22,9 +22,9 @@ from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_ca
 from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
-from errata.lm import LanguageModel
+from errata.lm import LanguageModel, ModelError
 from errata.lm import load as load_model
-from errata.metrics import generation, teacher_forced
+from errata.metrics import generation, multihop, teacher_forced
 from errata.metrics import summarise as means
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def run(
     a run is stopped, its results are those of an undisturbed one, up to measured time and memory.
 
     Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
-    cannot edit (FactError) becomes a line with the field `error`, is counted as `failed`, and is in no mean.
+    cannot edit (FactError), or with a text that is too long for the model, becomes a line with the field `error`, is counted as
+    `failed`, and is in no mean.
     """
     out = Path(out)
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
@@ -136,28 +137,35 @@ def _fill(
             key = key_of(row, case.id)
             if key in records:
                 continue
-            if case.id not in before:
-                before |= teacher_forced.unedited(lm, [case])
-            records[key] = append(path, _measure(row, method, objective, lm, case, before))
+            records[key] = append(path, _line(row, method, objective, lm, case, before))
             done += 1
             if progress:
                 progress(done, total, row.name)
 
 
+def _line(
+    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: dict[str, teacher_forced.Tokens]
+) -> Record:
+    """The line of one case, or of its failure: a fact that the method cannot edit, or a text that is too long for the model."""
+    record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
+    try:
+        if case.id not in before:
+            before |= teacher_forced.unedited(lm, [case])
+        return record | _measure(row, method, objective, lm, case, before)
+    except (FactError, ModelError) as error:
+        return record | {"error": str(error)}
+
+
 def _measure(
     row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
 ) -> Record:
-    """One case: edit the unedited model, measure, and leave it as it was."""
-    record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
+    """One case: edit the unedited model, measure, and leave it as it was. Raises FactError or ModelError where that cannot be done."""
     seed = row.case_seed(case.id)
-    try:
-        edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
-    except FactError as error:
-        return record | {"error": str(error)}
+    edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
     clock = time.perf_counter()
     with edit.applied_():
-        outcome = _outcome(lm, case, before)
-    return record | {
+        outcome = _outcome(lm, case, before, row.seed)
+    return {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
         "peak_memory_mb": round(memory, 1),
@@ -166,11 +174,16 @@ def _measure(
     }
 
 
-def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None) -> dict[str, Any]:
-    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes."""
+def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None, seed: int = 0) -> dict[str, Any]:
+    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes. seed: of what is sampled."""
     outcome = teacher_forced.score(lm, case, before).to_dict()
     del outcome["id"]
-    return outcome | {"generation": generation.score(lm, case).to_dict()}
+    return outcome | {"generation": generation.score(lm, case).to_dict()} | _questions(lm, case, seed)
+
+
+def _questions(lm: LanguageModel, case: EditCase, seed: int) -> dict[str, Any]:
+    """What the model answers to the case's questions, where it has any."""
+    return {"questions": multihop.score(lm, case, seed).to_dict()} if case.questions else {}
 
 
 @contextmanager
