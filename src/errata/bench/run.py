@@ -26,6 +26,7 @@ from errata.lm import LanguageModel
 from errata.lm import load as load_model
 from errata.metrics import generation, teacher_forced
 from errata.metrics import summarise as means
+from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
     from errata.methods import Method
@@ -77,7 +78,7 @@ def run(
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is None:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress)
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
         else:
             sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
@@ -126,8 +127,9 @@ def _fill(
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
+    curves: bool = False,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed."""
+    """Measure what has no record yet, and append it. cases: those of each seed; curves: see `Plan`."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
     wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
     total, done = len(wanted), sum(key in records for key in wanted)
@@ -138,22 +140,39 @@ def _fill(
                 continue
             if case.id not in before:
                 before |= teacher_forced.unedited(lm, [case])
-            records[key] = append(path, _measure(row, method, objective, lm, case, before))
+            records[key] = append(path, _measure(row, method, objective, lm, case, before, curves))
             done += 1
             if progress:
                 progress(done, total, row.name)
 
 
 def _measure(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: Mapping[str, teacher_forced.Tokens],
+    curves: bool = False,
 ) -> Record:
     """One case: edit the unedited model, measure, and leave it as it was."""
     record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
     seed = row.case_seed(case.id)
     try:
-        edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
+        lens = Lens(lm, case) if curves else None
+
+        def make() -> Edit:
+            session = method.start(lm, objective=objective, seed=seed)
+            if lens:
+                session.watch = lens
+            return session.complete(case.facts)
+
+        edit, seconds, memory = watched(lm.device, seed, make)
     except FactError as error:
         return record | {"error": str(error)}
+    if lens:
+        seconds -= lens.seconds
+        record |= {"curves": seen.to_dict() if (seen := lens.curves()) else None}
     clock = time.perf_counter()
     with edit.applied_():
         outcome = _outcome(lm, case, before)

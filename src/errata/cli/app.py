@@ -211,6 +211,7 @@ def bench(
         str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints), after-each (its own edit), or both.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Edit N cases of a sequence together (default: 1).")] = None,
+    curves: Annotated[bool, typer.Option("--curves", help="Look at single edits after every step: what figure1 and figure2 show.")] = False,
     transcript: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="Keep how the model goes on here, before and after a sequence.")
     ] = None,
@@ -236,6 +237,7 @@ def bench(
         "checkpoints": _numbers("--checkpoints", checkpoints),
         "measure": measure,
         "batch": batch,
+        "curves": curves or None,
         "transcripts": transcript or None,
         "limit": limit,
         "split": split,

@@ -2,7 +2,8 @@
 
 `teacher_forced` (token accuracy: reliability, generality, portability, locality), `probability` (is the new answer on top, or likelier
 than the old one), `generation` (what the model writes by itself), `normalise` (when two answers are the same text), `summary` (from
-records to percentages); and what goes on inside: `noise` (how the edits of a sequence disturb one another), `tracing`.
+records to percentages); and what goes on inside: `noise` (how the edits of a sequence disturb one another), `overfitting` (an edit
+step by step, token by token), `tracing`.
 """
 
 from __future__ import annotations
