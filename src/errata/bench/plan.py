@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from errata.facts import EditCase
-from errata.report import CURVES, DRAWINGS
+from errata.report import CURVES, DRAWINGS, OF_CASES
 
 PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
@@ -144,14 +144,15 @@ class Plan:
         if self.batch < 1:
             raise PlanError(f"batch must be at least 1 (got {self.batch})")
         size = Protocol.parse(self.protocol).size
-        if self.curves and size is not None:
+        if self.curves and self.protocol != "single":
             raise PlanError(f"curves are of single edits, not of the protocol {self.protocol!r}; leave one of them out")
         if not self.curves and (drawn := [name for name in self.drawings if name in CURVES]):
             raise PlanError(f"{drawn[0]} is drawn from curves; add curves: true, or leave it out")
+        if other := [name for name in self.drawings if (name in OF_CASES) != (size is None)]:
+            fitting = "sequential:N" if size is None else "single"
+            raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
         if size is None:
             alone = {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": ()}
-            if self.drawings and not set(self.drawings) <= {*CURVES, "figure3"}:
-                alone |= {"drawings": ()}
             for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")

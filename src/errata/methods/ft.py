@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -89,7 +88,6 @@ class _Tuning(Session):
         clock = time.perf_counter()
         lm, ft = self.lm, self.method
         assert ft.layer is not None and ft.steps is not None and ft.lr is not None  # for_model filled them in
-        layer = ft.layer
         encoded = [self.encode(fact) for fact in facts]
         batch = lm.batch(encoded)
         if ft.variant == "l":  # every target token is asked of the position before the first one
@@ -105,31 +103,23 @@ class _Tuning(Session):
         adam = torch.optim.Adam([change], lr=ft.lr)
         losses: list[float] = []
         reference = None
-
-        def delta() -> DenseDelta:
-            return DenseDelta(path, change.detach().T.contiguous() if is_conv1d(module) else change.detach())
-
-        @contextmanager
-        def running() -> Iterator[None]:
-            with from_layer(lm, layer, states), capture(lm.model, {"k": path}, inputs=True) as seen:
-                with add_to_output(module, lambda _: seen["k"].to(change.dtype) @ change.T):
-                    yield
-
-        if self.objective.needs_reference:
-            with running(), torch.no_grad():
-                reference = lm.target_logits(batch)
-        for step in range(ft.steps + 1):
-            if self.watch:
-                self.watch(step, Edit(lm, [delta()], facts, ft.to_dict()).applied_())
-            with running():
-                value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
-                losses.append(value.loss.mean().item())
-                refuse_broken(lm, losses)
-                if step == ft.steps or losses[-1] < ft.stop or bool(value.finished.all()):
-                    break
-                (change.grad,) = torch.autograd.grad(value.loss.mean(), change)
-            adam.step()
-            if ft.clamp is not None:
-                change.data.clamp_(-ft.clamp, ft.clamp)
+        with from_layer(lm, ft.layer, states) as whole, capture(lm.model, {"k": path}, inputs=True) as seen:
+            if self.objective.needs_reference:
+                with torch.no_grad():
+                    reference = lm.target_logits(batch)
+            with add_to_output(module, lambda _: seen["k"].to(change.dtype) @ change.T):
+                for step in range(ft.steps + 1):
+                    if self.watch:
+                        self.watch(step, whole())
+                    value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
+                    losses.append(value.loss.mean().item())
+                    refuse_broken(lm, losses)
+                    if step == ft.steps or losses[-1] < ft.stop or bool(value.finished.all()):
+                        break
+                    (change.grad,) = torch.autograd.grad(value.loss.mean(), change)
+                    adam.step()
+                    if ft.clamp is not None:
+                        change.data.clamp_(-ft.clamp, ft.clamp)
+        stored = change.detach().T.contiguous() if is_conv1d(module) else change.detach()
         diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
-        return Edit(lm, [delta()], facts, ft.to_dict(), self.record(), diagnostics)
+        return Edit(lm, [DenseDelta(path, stored)], facts, ft.to_dict(), self.record(), diagnostics)

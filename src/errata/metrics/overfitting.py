@@ -74,13 +74,9 @@ class Curves:
         return len(next(iter(self.loss.values()))) - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, numbers to four decimals; `from_dict` reads it back."""
-        loss = {kind: [round(value, 4) for value in values] for kind, values in self.loss.items()}
-        strips = [
-            {**asdict(strip), "own": [round(v, 4) for v in strip.own], "loss": [[round(v, 4) for v in row] for row in strip.loss]}
-            for strip in self.strips
-        ]
-        return {"loss": loss, "strips": strips}
+        """JSON-ready, numbers to four digits; `from_dict` reads it back."""
+        strips = [{**asdict(strip), "own": _short(strip.own), "loss": list(map(_short, strip.loss))} for strip in self.strips]
+        return {"loss": {kind: _short(values) for kind, values in self.loss.items()}, "strips": strips}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Curves:
@@ -218,7 +214,16 @@ def _at(values: Sequence[T], step: int) -> T:
 
 def _mean(values: Iterable[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
-    return round(fmean(finite), 4) if finite else None
+    return _digits(fmean(finite)) if finite else None
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    return [_digits(value) for value in values]
+
+
+def _digits(value: float) -> float:
+    """Four that count: near 0 the sign of a UD hangs on the later decimals."""
+    return float(f"{value:.4g}")
 
 
 def _numbers(values: Iterable[float | None]) -> tuple[float, ...]:

@@ -26,6 +26,8 @@ DRAWINGS: Mapping[str, str] = {**PICTURES, **TABLES}
 """Name -> what it shows. A picture becomes NAME.png, a table NAME.md."""
 CURVES = ("figure1", "figure2")
 """What is drawn from the curves of single edits."""
+OF_CASES = frozenset({*CURVES, "figure3"})
+"""What is drawn of single and continual edits; all else is drawn of a sequence."""
 
 
 class DrawingError(ValueError):
