@@ -266,7 +266,7 @@ def test_a_plan_s_drawings_are_known_by_name_and_belong_to_a_sequence() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
     with pytest.raises(PlanError, match="unknown drawing 'tabel1'; did you mean 'table1'"):
         Plan("m", "d", ("memit",), protocol="sequential:9", drawings=("tabel1",))
-    with pytest.raises(PlanError, match="drawings belongs to a sequence"):
+    with pytest.raises(PlanError, match="'table1' is none of the protocol 'single'"):
         Plan("m", "d", ("memit",), drawings=("table1",))
     with pytest.raises(PlanError, match="drawings must be a list of str"):
         Plan.from_dict({"model": "m", "data": "d", "methods": ["memit"], "protocol": "sequential:9", "drawings": [1]})
