@@ -58,7 +58,7 @@ def test_curves_do_not_change_what_is_measured(ran: Path, tmp_path: Path, lm: La
 
 
 def test_editors_without_steps_have_no_curves(tmp_path: Path, lm: LanguageModel) -> None:
-    settings = {"rome": {"steps": 1, "prefixes": 0, "whiten": False, "layer": 1}}
+    settings = {"rome": {"steps": 1, "prefixes": 0, "whiten": False, "layers": [1]}}
     row = go(Plan("tiny", "few", ("rome",), curves=True, settings=settings), tmp_path / "run", lm)["rows"][0]
     assert row["curves"] is None and row["n"] == 2
     assert call(["draw", str(tmp_path / "run"), "--what", "figure1"]) == 2
@@ -102,6 +102,6 @@ def test_recipes_are_plans_whose_parts_fit(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_here(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", str(path), "--model", "atlas", "--data", "atlas", "--limit", "1", "--set", "lora.steps=2", "--out", str(tmp_path / "r")]
-    assert call(argv) == 0, capsys.readouterr().err
+    small = ["--model", "atlas", "--data", "atlas", "--limit", "1", "--set", "lora.steps=2"]
+    assert call(["bench", str(path), *small, "--out", str(tmp_path / "r")]) == 0, capsys.readouterr().err
     assert (tmp_path / "r" / f"{path.stem}.png").stat().st_size > 1000

@@ -75,10 +75,9 @@ def test_figure2_of_one_edit_names_its_tokens() -> None:
 
 
 def test_figure3_has_a_panel_for_each_data_set_and_a_bar_on_the_bar() -> None:
+    pairs = [(method, objective) for method in ("ft-m", "lora") for objective in ("ce", "overtone")]
     runs = [
-        results(
-            *(row(method, objective, protocol, average) for method in ("ft-m", "lora") for objective in ("ce", "overtone")), data=f"{data}.json"
-        )
+        results(*(row(*pair, protocol, average) for pair in pairs), data=f"{data}.json")
         for data in ("zsre", "wiki_recent")
         for protocol, average in (("single", 80.0), ("continual:10", 60.0), ("continual:100", 20.0))
     ]

@@ -192,7 +192,7 @@ def _figure(title: str, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 def _length(row: Mapping[str, Any]) -> int | None:
     """T: 1 for single edits, None for another protocol."""
-    name, _, number = str(row["protocol"]).partition(":")
+    name, _, number = str(row.get("protocol", "")).partition(":")
     return 1 if name == "single" else int(number) if name == "continual" else None
 
 
