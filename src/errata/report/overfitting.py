@@ -83,7 +83,7 @@ def figure2(results: Results) -> Figure:
             axes.set(xlabel="token of the answer", xticks=list(places))
             axes.set_xticklabels([name.replace("$", r"\$") for name in names[:WIDEST]], rotation=90 if len(places) > 6 else 0)
         elif len(places) <= 8:
-            axes.set(xlabel="token of the answer (in so many answers)", xticks=list(places))
+            axes.set(xlabel="token of the answer (of how many)", xticks=list(places))
             axes.set_xticklabels([f"{place} ({cell['tokens']})" for place, cell in zip(places, one["positions"], strict=True)])
         else:
             axes.set_xlabel("token of the answer")
