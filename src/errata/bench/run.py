@@ -26,6 +26,7 @@ from errata.lm import LanguageModel, ModelError
 from errata.lm import load as load_model
 from errata.metrics import generation, multihop, teacher_forced
 from errata.metrics import summarise as means
+from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
     from errata.methods import Method
@@ -78,7 +79,7 @@ def run(
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is None:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress)
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
         else:
             sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
@@ -127,8 +128,9 @@ def _fill(
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
+    curves: bool = False,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed."""
+    """Measure what has no record yet, and append it. cases: those of each seed; curves: see `Plan`."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
     wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
     total, done = len(wanted), sum(key in records for key in wanted)
@@ -137,35 +139,59 @@ def _fill(
             key = key_of(row, case.id)
             if key in records:
                 continue
-            records[key] = append(path, _line(row, method, objective, lm, case, before))
+            records[key] = append(path, _line(row, method, objective, lm, case, before, curves))
             done += 1
             if progress:
                 progress(done, total, row.name)
 
 
 def _line(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: dict[str, teacher_forced.Tokens]
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: dict[str, teacher_forced.Tokens],
+    curves: bool = False,
 ) -> Record:
     """The line of one case, or of its failure: a fact that the method cannot edit, or a text that is too long for the model."""
     record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
     try:
         if case.id not in before:
             before |= teacher_forced.unedited(lm, [case])
-        return record | _measure(row, method, objective, lm, case, before)
+        return record | _measure(row, method, objective, lm, case, before, curves)
     except (FactError, ModelError) as error:
         return record | {"error": str(error)}
 
 
 def _measure(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: Mapping[str, teacher_forced.Tokens],
+    curves: bool,
 ) -> Record:
     """One case: edit the unedited model, measure, and leave it as it was. Raises FactError or ModelError where that cannot be done."""
     seed = row.case_seed(case.id)
-    edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
+    lens = Lens(lm, case) if curves else None
+
+    def make() -> Edit:
+        session = method.start(lm, objective=objective, seed=seed)
+        if lens:
+            session.watch = lens
+        return session.complete(case.facts)
+
+    edit, seconds, memory = watched(lm.device, seed, make)
+    record: Record = {}
+    if lens:
+        seconds -= lens.seconds
+        record["curves"] = seen.to_dict() if (seen := lens.curves()) else None
     clock = time.perf_counter()
     with edit.applied_():
         outcome = _outcome(lm, case, before, row.seed)
-    return {
+    return record | {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
         "peak_memory_mb": round(memory, 1),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -20,6 +21,11 @@ from errata.objectives.base import Objective
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
+
+
+Watch = Callable[[int, AbstractContextManager[object]], None]
+"""(steps done, half-made edit): called before each step and after the last. While the context lasts the half-made edit is in the model,
+with dropout off and nothing else of the training in it, so that any prompt may be asked; the weights must be left as they are."""
 
 
 def check_length(lm: LanguageModel, fact: Fact, texts: Sequence[Encoded]) -> None:
@@ -76,7 +82,13 @@ class Method(ABC):
 
 
 class Session(ABC):
-    """One run of a method over a model: edits come out, and what the method carries from edit to edit stays in."""
+    """One run of a method over a model: edits come out, and what the method carries from edit to edit stays in.
+
+    watch: who looks on while an edit is trained, None for nobody. Editors that train weights call it. Locate-then-edit editors do not:
+    what they optimise is a value at one token of one prompt, which says nothing of other prompts until it is written.
+    """
+
+    watch: Watch | None = None
 
     def __init__(self, lm: LanguageModel, method: Method, objective: Objective | None, seed: int) -> None:
         self.lm = lm
