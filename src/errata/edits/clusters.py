@@ -82,7 +82,8 @@ def place(clusters: Sequence[Cluster], new: Member, label: str, initial: float, 
             continue
         kept.append(cluster)
     for cluster in kept:
-        if cluster.label == label and any(_distance(new.query, member.query) <= near for member in cluster.members):
+        inside = _distance(new.query, cluster.centre) <= EDGE * cluster.radius
+        if cluster.label == label and inside and any(_distance(new.query, member.query) <= near for member in cluster.members):
             return tuple(kept), cluster.block
     if kept:
         distances = [_distance(new.query, cluster.centre) for cluster in kept]
@@ -98,7 +99,7 @@ def place(clusters: Sequence[Cluster], new: Member, label: str, initial: float, 
 def _settled(clusters: list[Cluster], new: Cluster, initial: float) -> list[Cluster]:
     """`clusters`, among which neighbourhoods of different answers are disjoint, with `new`, and still so.
 
-    Ends: each cluster that falls apart leaves only clusters of one member, which never do.
+    Ends: each cluster that falls apart leaves only clusters of one member, in their centres, and those never do.
     """
     pending = [new]
     while pending:
@@ -107,7 +108,7 @@ def _settled(clusters: list[Cluster], new: Cluster, initial: float) -> list[Clus
             distance = _distance(new.centre, other.centre)
             if other.label == new.label or new.radius + other.radius <= distance:
                 continue
-            broken = next((cluster for cluster in (other, new) if len(cluster.members) > 1 and cluster.extent > distance / 2), None)
+            broken = next((cluster for cluster in (other, new) if cluster.extent > distance / 2), None)
             if broken is not None:
                 pending += _apart(broken, initial)
                 if broken is other:
