@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.facts import EditCase, Fact, FactError, Probe
     from errata.lm import LanguageModel, ModelError, load
-    from errata.methods import FT, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LoRA, edit
+    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LoRA, edit
     from errata.objectives import CrossEntropy, Overtone
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ _HOME = {
     "FactError": "facts",
     "LanguageModel": "lm",
     "LoRA": "methods",
+    "MELO": "methods",
     "MEMIT": "methods",
     "ModelError": "lm",
     "Overtone": "objectives",
@@ -46,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "FT",
+    "MELO",
     "MEMIT",
     "PRUNE",
     "RECT",

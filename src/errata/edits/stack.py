@@ -167,6 +167,20 @@ class Stack:
             self._aside = False
             self._attach(self.memory)
 
+    @contextmanager
+    def detached_(self) -> Iterator[None]:
+        """The weights as they are, without the memory, while it lasts. Edits stay as they are: none may come or go."""
+        if self._aside:  # then it is detached already
+            yield
+            return
+        self._attach(None)
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+            self._attach(self.memory)
+
     def change(self, path: str) -> tuple[Tensor, Tensor]:
         """W₀ and W − W₀ of a module's weight, as stored, the second before any cast. Raises EditError if no active edit touches it."""
         if path not in self._kept:

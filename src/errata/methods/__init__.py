@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from errata.methods.deltaedit import DeltaEdit as DeltaEdit
     from errata.methods.ft import FT as FT
     from errata.methods.lora import LoRA as LoRA
+    from errata.methods.melo import MELO as MELO
     from errata.methods.memit import MEMIT as MEMIT
     from errata.methods.prune import PRUNE as PRUNE
     from errata.methods.rect import RECT as RECT
@@ -31,6 +32,7 @@ NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ft-l": ("ft:FT", {"variant": "l"}, "Adam on one MLP down-projection, all target tokens asked of the last prompt position"),
     "ft-m": ("ft:FT", {"variant": "m"}, "Adam on one MLP down-projection, each target token behind the ones before it"),
     "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
+    "melo": ("melo:MELO", {}, "low-rank blocks beside the weights, one for each neighbourhood of edited questions"),
     "rome": ("rome:ROME", {}, "one rank-one write of the found value into one MLP"),
     "memit": ("memit:MEMIT", {}, "the value shared out over several MLPs, each write a ridge regression"),
     "memit+history": ("memit:MEMIT", {"history": True}, "MEMIT that also holds on to the keys of earlier edits"),
@@ -46,6 +48,7 @@ _PUBLIC = {
     "DeltaEdit": "deltaedit",
     "FT": "ft",
     "LoRA": "lora",
+    "MELO": "melo",
     "MEMIT": "memit",
     "Method": "base",
     "PRUNE": "prune",
