@@ -130,8 +130,9 @@ class Notes(Memory):
 
 def sentence(fact: Fact) -> str:
     """A fact as a statement: prompt, target, full stop."""
-    end = "" if fact.target.rstrip().endswith((".", "!", "?", "。")) else "." if joint("a", fact.target[-1]) else "。"
-    return f"{fact.text}{joint(fact.text, fact.target)}{fact.target.rstrip()}{end}"
+    target = fact.target.rstrip()
+    end = "" if target.endswith((".", "!", "?", "。")) else "." if joint("a", target[-1]) else "。"
+    return f"{fact.text}{joint(fact.text, target)}{target}{end}"
 
 
 def words(text: str) -> list[str]:
