@@ -16,10 +16,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from errata.facts import EditCase
+from errata.methods import WITHOUT_OBJECTIVE
 from errata.report import CURVES, DRAWINGS, OF_CASES
 
 PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
+NO_OBJECTIVE = "none"
+"""What stands in the column of the objective beside a method that optimises nothing."""
 MEASURES = ("after-sequence", "after-each", "both")
 Settings = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
@@ -79,8 +82,8 @@ class Row(NamedTuple):
 class Plan:
     """The effective configuration of a run.
 
-    methods, objectives: names of the registries; every method is run with every objective. A method may stand there several times,
-        each time with a label of its own behind an "@": "deltaedit@eta=2".
+    methods, objectives: names of the registries; every method is run with every objective, and once if it optimises nothing. A method
+        may stand there several times, each time with a label of its own behind an "@": "deltaedit@eta=2".
     protocol: "single" (each case from the unedited model, measured after its edit), or "sequential:N" (N cases in a row, in an order
         of the seed's own).
     checkpoints: numbers of edits after which a sequence is measured; N is always one. Empty: five equal parts.
@@ -180,8 +183,13 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """The table's lines, in its order."""
-        return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self.objectives]
+        """The table's lines, in its order. A method that optimises nothing stands there once."""
+        return [
+            Row(method, objective, seed)
+            for seed in self.seeds
+            for method in self.methods
+            for objective in ((NO_OBJECTIVE,) if unlabelled(method) in WITHOUT_OBJECTIVE else self.objectives)
+        ]
 
     def draw(self, cases: Sequence[EditCase], seed: int) -> list[EditCase]:
         """The cases of a seed, in the data's order; those of a sequence in an order that is drawn too.

@@ -18,7 +18,7 @@ from errata.bench import sequence
 from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
-from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
+from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
@@ -103,6 +103,8 @@ def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Obje
     editor = configure(methods.get(plain), {**settings.get(plain, {}), **settings.get(method, {})}, method)
     pairs = {**settings.get(f"{plain}+{objective}", {}), **settings.get(f"{method}+{objective}", {})}
     chosen = {**settings.get(objective, {}), **pairs}
+    if objective == NO_OBJECTIVE and not editor.optimises:
+        return editor, editor.objective("ce")  # what a session is given where nothing is asked for; nobody reads it
     return editor, configure(editor.objective(objective), chosen, objective)
 
 

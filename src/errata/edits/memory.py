@@ -21,7 +21,7 @@ from errata.edits.errors import EditError
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-HOMES: Mapping[str, str] = {"codebook": "errata.edits.codebook:CodeBook"}
+HOMES: Mapping[str, str] = {"codebook": "errata.edits.codebook:CodeBook", "notes": "errata.edits.notes:Notes"}
 """Kind, as it is saved -> "module:Class"; imported when an edit of that kind is loaded."""
 
 
@@ -69,6 +69,6 @@ def load_memory(state: Mapping[str, Any]) -> Memory:
     return restored
 
 
-def grown_id(parent: str | None, *parts: Sequence[Any] | Mapping[str, Any] | str | int) -> str:
+def grown_id(parent: str | None, *parts: Sequence[Any] | Mapping[str, Any] | str | int | None) -> str:
     """A name for a memory: from the one it grew from and from what made it (facts, method, objective, seed), ready for JSON."""
     return hashlib.sha256(json.dumps([parent, *parts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -54,12 +54,14 @@ class Method(ABC):
     """An editor's hyper-parameters. Those that are None are filled in by `for_model`.
 
     name, paper: what it is called, and where it comes from.
+    optimises: whether it minimises an objective; see also `errata.methods.WITHOUT_OBJECTIVE`.
     family_defaults: model family -> values for that family; "" for every other model.
     objective_defaults: objective -> its values in this method's hands (the papers' ε differs from method to method).
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    optimises: ClassVar[bool] = True
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -145,6 +147,8 @@ class Session(ABC):
         check_length(self.lm, fact, [encoded])
         return encoded
 
-    def record(self) -> dict[str, Any]:
-        """The objective as it stands in an edit: name and settings."""
+    def record(self) -> dict[str, Any] | None:
+        """The objective as it stands in an edit: name and settings; None where nothing is optimised."""
+        if not self.method.optimises:
+            return None
         return {"name": self.objective.name, **asdict(self.objective)}  # type: ignore[call-overload]  # objectives are dataclasses
