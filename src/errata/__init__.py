@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.facts import EditCase, Fact, FactError, Probe
     from errata.lm import LanguageModel, ModelError, load
-    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LoRA, edit
+    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, WISE, AlphaEdit, DeltaEdit, LoRA, edit
     from errata.objectives import CrossEntropy, Overtone
 
 __version__ = "0.1.0"
@@ -41,6 +41,7 @@ _HOME = {
     "Probe": "facts",
     "RECT": "methods",
     "ROME": "methods",
+    "WISE": "methods",
     "edit": "methods",
     "load": "lm",
 }
@@ -52,6 +53,7 @@ __all__ = [
     "PRUNE",
     "RECT",
     "ROME",
+    "WISE",
     "AlphaEdit",
     "CrossEntropy",
     "DeltaEdit",

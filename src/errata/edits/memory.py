@@ -21,7 +21,7 @@ from errata.edits.errors import EditError
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-HOMES: Mapping[str, str] = {"codebook": "errata.edits.codebook:CodeBook"}
+HOMES: Mapping[str, str] = {"codebook": "errata.edits.codebook:CodeBook", "side": "errata.edits.side:SideMemory"}
 """Kind, as it is saved -> "module:Class"; imported when an edit of that kind is loaded."""
 
 

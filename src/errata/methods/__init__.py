@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from errata.methods.prune import PRUNE as PRUNE
     from errata.methods.rect import RECT as RECT
     from errata.methods.rome import ROME as ROME
+    from errata.methods.wise import WISE as WISE
     from errata.objectives.base import Objective
 
 NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -33,6 +34,7 @@ NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ft-m": ("ft:FT", {"variant": "m"}, "Adam on one MLP down-projection, each target token behind the ones before it"),
     "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
     "melo": ("melo:MELO", {}, "low-rank blocks beside the weights, one for each neighbourhood of edited questions"),
+    "wise": ("wise:WISE", {}, "a side copy of one MLP projection that stirs at edited questions, and answers those"),
     "rome": ("rome:ROME", {}, "one rank-one write of the found value into one MLP"),
     "memit": ("memit:MEMIT", {}, "the value shared out over several MLPs, each write a ridge regression"),
     "memit+history": ("memit:MEMIT", {"history": True}, "MEMIT that also holds on to the keys of earlier edits"),
@@ -55,6 +57,7 @@ _PUBLIC = {
     "RECT": "rect",
     "ROME": "rome",
     "Session": "base",
+    "WISE": "wise",
 }
 
 
