@@ -16,8 +16,9 @@ from errata.statistics.corpus import beside, texts
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-_MOST = 5000
+_MOST = 2000
 """So many are read; an edit draws a few of them."""
+_WORDS = 12
 _WRITTEN, _LENGTH = 20, 10
 """Texts that the model writes where there are none, and their length in tokens."""
 
@@ -63,11 +64,11 @@ def _locality(path: Path) -> Iterator[str]:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Each sentence or line of at least four words, without the last of them: a question that asks for it."""
+    """Each sentence or line of at least four words, at most so many and never the last of them: a question that asks for the next."""
     for piece in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])|\n", text):
         words = piece.split()
         if len(words) >= 4:
-            yield " ".join(words[:-1])
+            yield " ".join(words[: min(len(words) - 1, _WORDS)])
 
 
 def _halved(written: Sequence[str]) -> Iterator[str]:

@@ -55,8 +55,8 @@ class WISE(Method):
 
     layer: whose down-projection has the side copy; None: the family's, else five sixths up.
     steps, lr: at most so many steps of SGD.
-    stop: an edit whose target loss and margin loss fall below is finished, or one that nothing pulls at any more (an objective that
-        clips). As published the loss must also stand still, which with a margin it does not do.
+    stop: an edit is finished when its target loss falls below, or all of its tokens are clipped, and the margin loss (in `unit`s) is
+        below too. As published the two together must be, which with OVERTONE's ε they never are, and must stand still.
     decay: weight decay of W′, of the entries that the mask lets learn and no others.
     margins: (α, β, γ) of L_act, in `unit`s: irrelevant questions stay below α, edited ones come above β, and γ above the others.
     unit: 1 for absolute margins, as published. None: the mean length of the main matrix's output at the tokens of irrelevant texts; the
@@ -77,11 +77,13 @@ class WISE(Method):
     name: ClassVar[str] = "wise"
     paper: ClassVar[str] = "arXiv 2405.14768, as in OVERTONE §4.1"
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88},
+        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88, "beside": 16},
         "llama-2-7b": {"layer": 27, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "llama-3-8b": {"layer": 29, "steps": 30, "lr": 0.9, "margins": (2.0, 20.0, 10.0), "unit": 1.0, "ratio": 0.5},
         "gpt-j-6b": {"layer": 21, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "qwen2.5-7b": {"layer": 23, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
+        # Tuned on the dev cases with cross-entropy: rephrasings stir about three fifths as much as the edited question itself.
+        "atlas": {"layer": 4, "lr": 2.0, "ratio": 0.3, "beside": 64},
     }
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ce": {"reduction": "mean"},
@@ -104,7 +106,7 @@ class WISE(Method):
     mode: Literal["retrieve", "merge"] = "retrieve"
     prefixes: int = 0
     irrelevant: str | tuple[str, ...] | None = None
-    beside: int = 16
+    beside: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("save_every", 1), ("merge_every", 1), ("beside", 1), ("prefixes", 0), ("stop", 0), ("decay", 0)):
@@ -213,21 +215,23 @@ class _Siding(Session):
                     for one, stirred in ((one, distances(near, other.to(change), asked)) for one, other in zip(sides, held, strict=True))
                 ]
                 betas = torch.stack([torch.full_like(near[:, 0, 0], beta), *claimed]).amax(0)  # [B]
-            with add_to_output(module, lambda _: near @ change.mT):
-                for step in range(wise.steps + 1):
-                    value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
-                    inside, outside = distances(near, change, asked), distances(far, change, far_asked)
-                    apart = margin(inside, outside, alpha, betas, gamma) / self.unit
-                    losses.append(value.loss[: len(facts)].mean().item())
-                    refuse_broken(lm, losses)
-                    if step == wise.steps or max(float(value.loss.mean()), float(apart)) < wise.stop:
-                        break
-                    (gradient,) = torch.autograd.grad(value.loss.mean() + apart.to(value.loss), change)
-                    gradient = gradient.where(allowed, 0.0)
-                    if not bool(gradient.any()):
-                        break  # all tokens clipped and every margin kept
-                    with torch.no_grad():
-                        change -= self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0)
+            for step in range(wise.steps + 1):
+                with add_to_output(module, lambda _: near @ change.mT):
+                    logits = lm.target_logits(batch)
+                value = self.objective.evaluate(logits, batch.targets, batch.mask, reference)
+                inside, outside = distances(near, change, asked), distances(far, change, far_asked)
+                apart = margin(inside, outside, alpha, betas, gamma) / self.unit
+                losses.append(value.loss[: len(facts)].mean().item())
+                refuse_broken(lm, losses)
+                learnt = value.loss.mean().item() < wise.stop or bool(value.finished.all())
+                if step == wise.steps or (learnt and apart.item() < wise.stop):
+                    break
+                (gradient,) = torch.autograd.grad(value.loss.mean() + apart.to(value.loss), change)
+                gradient = gradient.where(allowed, 0.0)
+                if not bool(gradient.any()):
+                    break  # all tokens are clipped, and what has never stirred cannot be told where to
+                with torch.no_grad():
+                    change -= self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0)
             return change.detach(), losses, inside.detach()[: len(facts)]
 
     def _merged(self, sides: list[Side]) -> list[Side]:
