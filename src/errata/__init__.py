@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.facts import EditCase, Fact, FactError, Probe
     from errata.lm import LanguageModel, ModelError, load
-    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LocFT, LoRA, Retrieval, edit
+    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, WISE, AlphaEdit, DeltaEdit, LocFT, LoRA, Retrieval, edit
     from errata.objectives import CrossEntropy, Overtone
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ _HOME = {
     "RECT": "methods",
     "ROME": "methods",
     "Retrieval": "methods",
+    "WISE": "methods",
     "edit": "methods",
     "load": "lm",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "PRUNE",
     "RECT",
     "ROME",
+    "WISE",
     "AlphaEdit",
     "CrossEntropy",
     "DeltaEdit",

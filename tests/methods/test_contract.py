@@ -26,6 +26,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "locft": {"epochs": 25, "lr": 0.1, "layer": 2, "end": False},
     "retrieval": {},
     "melo": {"steps": 50, "lr": 0.1, "scale": 1.0, "radius": 1.0},
+    # Margins that a few steps reach; what they keep apart is tested elsewhere.
+    "wise": {"steps": 50, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where does Lyon lie?", "Pierre worked in")},
 }
 # Keys of random models differ from context to context as much as from fact to fact, so there is one context, the bare prompt; and in
 # a width of 40 what must not move is made to count little, so that an edit shows.
@@ -134,7 +136,7 @@ def test_same_seed_same_edit(name: str) -> None:
         return [tensor for delta in edit.deltas for tensor in delta.tensors().values()] + kept
 
     assert all(map(torch.equal, tensors(first), tensors(again)))
-    if name in {"lora", "melo"}:  # they draw adapters (LoRA: and dropout masks); the others draw nothing
+    if name in {"lora", "melo", "wise"}:  # they draw adapters (LoRA: and dropout masks), or what may be changed; the others draw nothing
         assert not all(map(torch.equal, tensors(first), tensors(other)))
 
 
@@ -326,6 +328,8 @@ def test_families_are_recognised_by_shape(config: dict[str, Any], expected: str 
         (lambda: errata.FT(variant="l", clamp=0.0), "ft-l: clamp must be above 0"),
         (lambda: errata.LoRA(rank=0), "lora: rank must be at least 1"),
         (lambda: errata.MELO(radius=0.0), "melo: radius must be above 0"),
+        (lambda: errata.WISE(mask=0.0), "wise: mask must be above 0 and at most 1"),
+        (lambda: errata.WISE(margins=(1.0, 2.0)), "wise: margins must be three numbers"),  # type: ignore[arg-type]
         (lambda: errata.LoRA(dropout=1.5), "dropout must be at least 0 and at most 0.99"),
     ],
 )

@@ -21,7 +21,11 @@ from errata.edits.errors import EditError
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-HOMES: Mapping[str, str] = {"codebook": "errata.edits.codebook:CodeBook", "notes": "errata.edits.notes:Notes"}
+HOMES: Mapping[str, str] = {
+    "codebook": "errata.edits.codebook:CodeBook",
+    "notes": "errata.edits.notes:Notes",
+    "side": "errata.edits.side:SideMemory",
+}
 """Kind, as it is saved -> "module:Class"; imported when an edit of that kind is loaded."""
 
 

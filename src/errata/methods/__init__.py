@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from errata.methods.rect import RECT as RECT
     from errata.methods.retrieval import Retrieval as Retrieval
     from errata.methods.rome import ROME as ROME
+    from errata.methods.wise import WISE as WISE
     from errata.objectives.base import Objective
 
 NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -36,6 +37,7 @@ NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "locft": ("locft:LocFT", {}, "Adam on one MLP down-projection, breadth-first over a set of facts, with an end token on every target"),
     "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
     "melo": ("melo:MELO", {}, "low-rank blocks beside the weights, one for each neighbourhood of edited questions"),
+    "wise": ("wise:WISE", {}, "a side copy of one MLP projection that stirs at edited questions, and answers those"),
     "rome": ("rome:ROME", {}, "one rank-one write of the found value into one MLP"),
     "memit": ("memit:MEMIT", {}, "the value shared out over several MLPs, each write a ridge regression"),
     "memit+history": ("memit:MEMIT", {"history": True}, "MEMIT that also holds on to the keys of earlier edits"),
@@ -64,6 +66,7 @@ _PUBLIC = {
     "ROME": "rome",
     "Retrieval": "retrieval",
     "Session": "base",
+    "WISE": "wise",
 }
 
 
