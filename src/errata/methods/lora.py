@@ -123,6 +123,8 @@ class _Adapting(Session):
                 parameters = [p for pair in adapters.values() for p in pair]
                 adam = torch.optim.Adam(parameters, lr=lora.lr)
                 for step in range(lora.steps + 1):
+                    if self.watch:
+                        self.watch(step, _at_rest(self.lm))
                     value = self.objective.evaluate(self.lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
                     refuse_broken(self.lm, losses)
@@ -279,6 +281,21 @@ def _generator(lm: LanguageModel, seed: int) -> torch.Generator:
     """What dropout draws from next: on a CPU the generator that drew the adapters, elsewhere the device's own, new."""
     generator = torch.Generator(lm.device)
     return generator.set_state(torch.get_rng_state()) if lm.device.type == "cpu" else generator.manual_seed(seed)
+
+
+@contextmanager
+def _at_rest(lm: LanguageModel) -> Iterator[None]:
+    """The adapters without their dropout while it lasts: the half-made edit as it would be."""
+    from peft.tuners.lora import LoraLayer
+
+    training: list[Any] = [m.lora_dropout for m in lm.model.modules() if isinstance(m, LoraLayer) and m.lora_dropout.training]
+    for dropout in training:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in training:
+            dropout.train()
 
 
 @contextmanager
