@@ -107,9 +107,11 @@ def alone(method: Method, lm: LanguageModel, facts: Sequence[Fact], seed: int, o
             return error
 
 
-def encode_each(session: Session, requests: Sequence[Sequence[Fact]]) -> tuple[list[list[Encoded]], list[int], dict[int, FactError]]:
+def encode_each(session: Session, requests: Sequence[Sequence[Fact]]) -> tuple[list[list[Encoded]], list[int], dict[int, Edit | FactError]]:
     """(the encoded facts of each request that has them, the numbers of these, number -> what is wrong with one of the others)."""
-    texts, there, wrong = [], [], {}
+    texts: list[list[Encoded]] = []
+    there: list[int] = []
+    wrong: dict[int, Edit | FactError] = {}
     for number, facts in enumerate(requests):
         try:
             if not facts:

@@ -145,7 +145,7 @@ class _Tuning(Session):
             trained = train(_Changes(self.lm, ft, [texts[i] for i in group]), self.objective, ft.lr, ft.steps, ft.stop)
             seconds = (time.perf_counter() - clock) / len(group)
             for i, one in zip(group, trained, strict=True):
-                made[there[i]] = self._made(list(requests[there[i]]), *one.parameters, one.losses, seconds)
+                made[there[i]] = self._made(list(requests[there[i]]), one.parameters[0], one.losses, seconds)
         return [made[number] for number in range(len(requests))]
 
     def _made(self, facts: list[Fact], change: Tensor, losses: list[float], seconds: float) -> Edit:
@@ -169,9 +169,9 @@ class _Changes(Together):
         self.module, self.clamp, self.last_prompt_position = submodule(lm.model, path), ft.clamp, ft.variant == "l"
         self.straight = lm.anatomy.writes_straight and ft.layer + 1 < len(lm.anatomy.layers)
         # Where every target token is asked of the position before the first one, no later one runs.
-        cut = [replace(text, ids=text.ids[: text.prompt_length + 1]) for own in texts for text in own] if self.last_prompt_position else None
+        cut = [replace(text, ids=text.ids[: text.prompt_length + 1]) for own in texts for text in own]
         with capture(lm.model, {"k": path}, inputs=True) as seen:
-            super().__init__(lm, texts, ft.layer + self.straight, cut)
+            super().__init__(lm, texts, ft.layer + self.straight, cut if self.last_prompt_position else None)
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         size = (len(texts), lm.anatomy.hidden_size, lm.anatomy.key_size)
         self.parameters = [torch.zeros(size, dtype=master_dtype(weight), device=weight.device, requires_grad=True)]

@@ -58,7 +58,7 @@ class Together(ABC):
     def logits(self) -> Tensor:
         """Logits at the targets [B, Tm, V] with the parameters as they are, differentiable in them."""
 
-    def updated(self) -> None:
+    def updated(self) -> None:  # noqa: B027  # most have nothing to do
         """Called after each update (a clamp)."""
 
     def keep(self, edits: list[int]) -> Tensor:
