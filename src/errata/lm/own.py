@@ -7,10 +7,24 @@ so that the frozen W is read once for all of them. A row is one text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+Within = Callable[[list[int]], AbstractContextManager[object]]
+"""(numbers of what the rows of a batch are about, row by row): what is to be entered while the model runs them."""
+
+
+def within_of(within: Within | None, numbers: Sequence[int]) -> AbstractContextManager[object]:
+    """`within`, or nothing where there is none."""
+    return nullcontext() if within is None else within(list(numbers))
+
+
+def mapped(within: Within | None, numbers: Sequence[int]) -> Within | None:
+    """The same for texts of which number i is about numbers[i]."""
+    return None if within is None else lambda rows: within([numbers[row] for row in rows])
 
 
 class Owners:
@@ -62,7 +76,8 @@ class Owners:
         """Δ_e x: x [B, T, in], changes E × [out, in] -> [B, T, out]. No change is copied for each of its rows."""
         if self.even and isinstance(changes, Tensor):
             grouped = x.reshape(self.count, -1, x.shape[-1])  # [E, B/E·T, in]
-            return torch.bmm(grouped, changes.transpose(1, 2)).view(*x.shape[:2], -1)
+            made = torch.bmm(changes, grouped.transpose(1, 2))  # this way round the gradient comes as the changes lie
+            return made.transpose(1, 2).reshape(*x.shape[:2], -1)
         places = self.places or [(e, rows) for e, rows in enumerate(torch.arange(len(self), device=x.device).view(self.count, -1))]
         made = x.new_zeros(*x.shape[:2], changes[0].shape[0])
         for e, rows in places:
