@@ -140,12 +140,14 @@ def batches(encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_toke
         yield chosen
 
 
-def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
+def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE, together: bool = False) -> dict[str, Tokens]:
     """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
 
     JSON-ready. Each case is run by itself, here and in `score`: in half precision a text's logits depend in the last bit on what is
-    in the batch with it, and a model that has not moved must score 100.
+    in the batch with it, and a model that has not moved must score 100. together: all cases in the same batches, where that cannot be.
     """
+    if together:
+        return {case.id: tokens for case, tokens in zip(cases, _locality(lm, cases, batch_size), strict=True)}
     return {case.id: _locality(lm, [case], batch_size)[0] for case in cases}
 
 
