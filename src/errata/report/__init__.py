@@ -17,8 +17,11 @@ TABLES: Mapping[str, str] = {
     "table1": "efficacy, generalization, specificity at the end, on top and larger",
     "noise-table": "the superimposed noise of the last edited layer at each checkpoint",
     "k-beta-table": "the mean kᵀβ of different edits at each checkpoint",
+    "overtone-table": "reliability … locality, their average and exact generation, each method and then with OVERTONE and the difference",
     "case-study": "what is written behind the transcripts' prompts, by the unedited model and after each method's last edit",
 }
+OF_CASES = frozenset({"overtone-table"})
+"""What is drawn of single and continual edits; all else is drawn of a sequence."""
 DRAWINGS: Mapping[str, str] = {**PICTURES, **TABLES}
 """Name -> what it shows. A picture becomes NAME.png, a table NAME.md."""
 
