@@ -36,7 +36,7 @@ def watched(device: torch.device, seed: int, make: Callable[[], Edit]) -> Made:
 
 
 def settle(lm: LanguageModel, edit: Edit) -> None:
-    """Apply an edit that more are to follow. Those with whole matrices are folded: a matrix an edit would soon outweigh the model.
+    """Apply an edit that more are to follow. Those with whole matrices, or a memory, are folded: one an edit would soon outweigh the model.
 
     Raises FloatingPointError if that would leave weights that are not finite; then nothing is applied.
     """
@@ -46,7 +46,7 @@ def settle(lm: LanguageModel, edit: Edit) -> None:
         if not weight.isfinite().all():
             edit.revert()
             raise FloatingPointError(f"the edit would leave {path} with weights that are not finite")
-    if any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+    if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
         Stack.of(lm).fold()
     wait_for(lm.device)
 

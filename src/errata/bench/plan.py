@@ -16,10 +16,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from errata.facts import EditCase
-from errata.report import DRAWINGS, OF_CASES
+from errata.methods import WITHOUT_OBJECTIVE
+from errata.report import CURVES, DRAWINGS, OF_CASES
 
 PROTOCOLS: Mapping[str, str | None] = {"single": None, "continual": "T", "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
+NO_OBJECTIVE = "none"
+"""What stands in the column of the objective beside a method that optimises nothing."""
 MEASURES = ("after-sequence", "after-each", "both")
 Settings = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
@@ -79,8 +82,8 @@ class Row(NamedTuple):
 class Plan:
     """The effective configuration of a run.
 
-    methods, objectives: names of the registries; every method is run with every objective. A method may stand there several times,
-        each time with a label of its own behind an "@": "deltaedit@eta=2".
+    methods, objectives: names of the registries; every method is run with every objective, and once if it optimises nothing. A method
+        may stand there several times, each time with a label of its own behind an "@": "deltaedit@eta=2".
     only: method -> the objectives that it is run with, where these are not all.
     protocol: "single" (each case from the unedited model, measured after its edit), "continual:T" (T cases in a row, measured, then again
         from the unedited model, until all cases are edited), or "sequential:N" (N cases in a row). The last two take the cases in an
@@ -89,8 +92,9 @@ class Plan:
     measure: "after-sequence": at a checkpoint, every case so far, or after a block of T all of its cases; "after-each": every case right
         after its own edit; or "both".
     batch: so many cases of a sequence are edited together.
+    curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
-    drawings: tables and pictures that `errata bench` makes at the end, by name; see `errata.report`.
+    drawings: tables and pictures of the finished run that `errata bench` makes at the end, by name; see `errata.report`.
     limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
@@ -110,6 +114,7 @@ class Plan:
     checkpoints: tuple[int, ...] = ()
     measure: str = "after-sequence"
     batch: int = 1
+    curves: bool = False
     transcripts: tuple[str, ...] = ()
     drawings: tuple[str, ...] = ()
     limit: int | None = None
@@ -155,6 +160,10 @@ class Plan:
         if self.batch < 1:
             raise PlanError(f"batch must be at least 1 (got {self.batch})")
         size = self.sequence
+        if self.curves and self.protocol != "single":
+            raise PlanError(f"curves are of single edits, not of the protocol {self.protocol!r}; leave one of them out")
+        if not self.curves and (drawn := [name for name in self.drawings if name in CURVES]):
+            raise PlanError(f"{drawn[0]} is drawn from curves; add curves: true, or leave it out")
         if other := [name for name in self.drawings if (name in OF_CASES) != (size is None)]:
             fitting = "sequential:N" if size is None else "single or continual:T"
             raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
@@ -194,14 +203,14 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """The table's lines, in its order."""
-        return [
-            Row(method, objective, seed)
-            for seed in self.seeds
-            for method in self.methods
-            for objective in self.objectives
-            if objective in self.only.get(method, self.objectives)
-        ]
+        """The table's lines, in its order. A method that optimises nothing stands there once."""
+        return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self._objectives(method)]
+
+    def _objectives(self, method: str) -> Sequence[str]:
+        """Those of `only` in the plan's order; a method that optimises nothing has none of them."""
+        if unlabelled(method) in WITHOUT_OBJECTIVE:
+            return (NO_OBJECTIVE,)
+        return [objective for objective in self.objectives if objective in self.only.get(method, self.objectives)]
 
     def resolved(self, model: str | None = None) -> Plan:
         """The plan as it is run with its model, or with another: with the settings that it has for that model, and no overrides."""
@@ -247,6 +256,8 @@ class Plan:
         for name, kinds in {"limit": (int, type(None)), "threads": (int, type(None)), "batch": (int,)}.items():
             if name in values and type(values[name]) not in kinds:
                 raise PlanError(f"{where}: {name} must be a whole number (got {values[name]!r})")
+        if type(values.get("curves", False)) is not bool:
+            raise PlanError(f"{where}: curves must be true or false (got {values['curves']!r})")
         only = values.get("only") or {}
         if not isinstance(only, Mapping) or not all(isinstance(chosen, list | tuple) for chosen in only.values()):
             raise PlanError(f"{where}: only must be a mapping like {{rome: [ce]}} (got {only!r})")

@@ -80,12 +80,20 @@ def _row(plan: Plan, row: Row, case_ids: Sequence[str], lines: Mapping[Key, Reco
         "seconds_per_edit": fmean(record["seconds"]["edit"] for record in made) if made else None,
         "peak_memory_mb": max((record["peak_memory_mb"] for record in made), default=None),
         "settings": made[0]["settings"] if made else {},
+        **({"curves": averaged(measured)} if plan.curves else {}),
     }
 
 
 def _blocks(measure: str, size: int, cases: int) -> dict[str, Any]:
     """When the cases were measured, in how many blocks they were edited, and how many the last one had."""
     return {"measure": measure, "blocks": -(-cases // size), "last_block": (cases - 1) % size + 1 if cases else 0}
+
+
+def averaged(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The curves of these records as one (see `errata.metrics.overfitting.average`); None where the editor has no steps."""
+    from errata.metrics.overfitting import Curves, average  # with torch, which not every reader of results needs
+
+    return average([Curves.from_dict(record["curves"]) for record in records if record.get("curves")])
 
 
 def dump(results: Mapping[str, Any]) -> str:

@@ -19,14 +19,15 @@ from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, cl
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
 from errata.bench.outcomes import outcomes
-from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
+from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
-from errata.lm import LanguageModel
+from errata.lm import LanguageModel, ModelError
 from errata.lm import load as load_model
 from errata.metrics import summarise as means
 from errata.metrics import teacher_forced
+from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
     from errata.methods import Method
@@ -57,7 +58,8 @@ def run(
     a run is stopped, its results are those of an undisturbed one, up to measured time and memory.
 
     Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
-    cannot edit (FactError) becomes a line with the field `error`, is counted as `failed`, and is in no mean.
+    cannot edit (FactError), or with a text that is too long for the model, becomes a line with the field `error`, is counted as
+    `failed`, and is in no mean.
     """
     out = Path(out)
     plan = plan.resolved()
@@ -83,7 +85,7 @@ def run(
         elif plan.block is not None:
             continual.fill(plan, rows, drawn, lm, out / RECORDS, records, progress)
         else:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress)
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
@@ -109,6 +111,8 @@ def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Obje
     editor = configure(methods.get(plain), {**settings.get(plain, {}), **settings.get(method, {})}, method)
     pairs = {**settings.get(f"{plain}+{objective}", {}), **settings.get(f"{method}+{objective}", {})}
     chosen = {**settings.get(objective, {}), **pairs}
+    if objective == NO_OBJECTIVE and not editor.optimises:
+        return editor, editor.objective("ce")  # what a session is given where nothing is asked for; nobody reads it
     return editor, configure(editor.objective(objective), chosen, objective)
 
 
@@ -121,7 +125,7 @@ def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = N
     for done, case in enumerate(cases, 1):
         before = teacher_forced.unedited(lm, [case]) if edit else None
         with edit.applied_() if edit else nullcontext():
-            found.append(_outcome(lm, case, before))
+            found += outcomes(lm, [case], before)
         if progress:
             progress(done, len(cases), case.id)
     return {"n": len(found), "metrics": rounded(means(found)), "intervals": intervals(found)}
@@ -134,8 +138,9 @@ def _fill(
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
+    curves: bool = False,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed."""
+    """Measure what has no record yet, and append it. cases: those of each seed; curves: see `Plan`."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
     wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
     total, done = len(wanted), sum(key in records for key in wanted)
@@ -144,27 +149,58 @@ def _fill(
             key = key_of(row, case.id)
             if key in records:
                 continue
-            if case.id not in before:
-                before |= teacher_forced.unedited(lm, [case])
-            records[key] = append(path, _measure(row, method, objective, lm, case, before))
+            records[key] = append(path, _line(row, method, objective, lm, case, before, curves))
             done += 1
             if progress:
                 progress(done, total, row.name)
 
 
-def _measure(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
+def _line(
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: dict[str, teacher_forced.Tokens],
+    curves: bool = False,
 ) -> Record:
-    """One case: edit the unedited model, measure, and leave it as it was."""
+    """The line of one case, or of its failure: a fact that the method cannot edit, or a text that is too long for the model."""
     record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
-    seed = row.case_seed(case.id)
     try:
-        edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
-    except FactError as error:
+        if case.id not in before:
+            before |= teacher_forced.unedited(lm, [case])
+        return record | _measure(row, method, objective, lm, case, before, curves)
+    except (FactError, ModelError) as error:
         return record | {"error": str(error)}
+
+
+def _measure(
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: Mapping[str, teacher_forced.Tokens],
+    curves: bool,
+) -> Record:
+    """One case: edit the unedited model, measure, and leave it as it was. Raises FactError or ModelError where that cannot be done."""
+    seed = row.case_seed(case.id)
+    lens = Lens(lm, case) if curves else None
+
+    def make() -> Edit:
+        session = method.start(lm, objective=objective, seed=seed)
+        if lens:
+            session.watch = lens
+        return session.complete(case.facts)
+
+    edit, seconds, memory = watched(lm.device, seed, make)
+    record: Record = {}
+    if lens:
+        seconds -= lens.seconds
+        record["curves"] = seen.to_dict() if (seen := lens.curves()) else None
     clock = time.perf_counter()
     with edit.applied_():
-        outcome = _outcome(lm, case, before)
+        (outcome,) = outcomes(lm, [case], before, row.seed)
     return record | {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
@@ -172,11 +208,6 @@ def _measure(
         "settings": {"method": edit.method, "objective": edit.objective},
         "diagnostics": short(edit.diagnostics),
     }
-
-
-def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None) -> dict[str, Any]:
-    """See `outcomes`."""
-    return outcomes(lm, [case], before)[0]
 
 
 @contextmanager

@@ -254,12 +254,13 @@ class _Sequence:
         return outcomes
 
     def _sha256(self) -> str:
-        """Over the touched weights as they are: path, type and bytes of each, in the order of the paths."""
-        digest = hashlib.sha256()
-        for path in Stack.of(self.lm).touched:
-            weight = self._weight(path)
-            digest.update(f"{path} {weight.dtype}\n".encode())
-            digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
+        """Over the touched weights as they are, then the memory's tensors: path or name, type and bytes of each, in their order."""
+        digest, stack = hashlib.sha256(), Stack.of(self.lm)
+        named = {path: self._weight(path) for path in stack.touched}
+        named |= dict(sorted(stack.memory.tensors().items())) if stack.memory is not None else {}
+        for name, tensor in named.items():
+            digest.update(f"{name} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
         return digest.hexdigest()
 
     def _weight(self, path: str) -> Tensor:

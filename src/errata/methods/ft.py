@@ -111,7 +111,7 @@ class _Tuning(Session):
         adam = torch.optim.Adam(changes.values(), lr=ft.lr)
         losses: list[float] = []
         reference = None
-        with from_layer(lm, ft.layers[0], states), capture(lm.model, {path: path for path in paths}, inputs=True) as seen:
+        with from_layer(lm, ft.layers[0], states) as whole, capture(lm.model, {path: path for path in paths}, inputs=True) as seen:
             if self.objective.needs_reference:
                 with torch.no_grad():
                     reference = lm.target_logits(batch)
@@ -119,6 +119,8 @@ class _Tuning(Session):
                 for path, module in modules.items():
                     stack.enter_context(add_to_output(module, partial(_written, seen, path, changes[path])))
                 for step in range(ft.steps + 1):
+                    if self.watch:
+                        self.watch(step, whole())
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
                     refuse_broken(lm, losses)
