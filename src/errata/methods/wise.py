@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
+T = TypeVar("T")
 _CHUNK = 32  # texts that run together where only their distances are wanted
 
 
@@ -71,7 +71,10 @@ class WISE(Method):
         experiments, with either objective, are without.
     irrelevant: where the irrelevant prompts come from, see `irrelevant.irrelevant`; beside: so many of them for each edit.
 
-    A new fact is to win over what was said of it before: the β of a question that earlier sides answer is their distance and γ more.
+    Ours, because the threshold is the least of many distances, and a later edit of the shard moves them all: some of the shard's earlier
+    questions (as many as irrelevant ones) are inside the margin too, and its threshold is taken anew after each edit. Some of the other
+    sides' questions are outside it. A new fact is to win over what was said of it before: the β of a question that other sides answer
+    is their distance and γ more.
     """
 
     name: ClassVar[str] = "wise"
@@ -147,6 +150,7 @@ class _Siding(Session):
         self.module = lm.anatomy.mlp_down[self.layer]
         self.shape = lm.anatomy.hidden_size, lm.anatomy.key_size
         self.memory: SideMemory | None = None
+        self._kept: dict[Encoded, Tensor] = {}  # keys of the open shard's questions [T, in]
         self.begun = 0  # shards; each draws a mask of its own
         self.prompts = irrelevant(lm, method.irrelevant)
         self.written = prefixes(lm, method.prefixes, 10) if method.prefixes else ()
@@ -159,13 +163,15 @@ class _Siding(Session):
         with Stack.of(self.lm).detached_():
             held = [one.change(self.shape) for one in sides]
             if not sides or sides[-1].merged or len(sides[-1].texts) >= self.method.save_every:
-                change, allowed, open = torch.zeros(self.shape, dtype=self._dtype, device=self._device), self._drawn_mask(), None
+                change, allowed = torch.zeros(self.shape, dtype=self._dtype, device=self._device), self._drawn_mask()
+                before: tuple[Encoded, ...] = ()
+                self._kept = {}
             else:
-                open, change = sides.pop(), held.pop()
-                allowed = unpacked(open.mask, change.numel()).view(self.shape).to(self._device)
-            change, losses, distance = self._train(facts, encoded, change.to(self._device), allowed, sides, held)
-            threshold = min(self._threshold(distance), math.inf if open is None else open.threshold)
-            sides.append(side(change, allowed, threshold, (*(() if open is None else open.texts), *encoded)))
+                before, change = sides[-1].texts, held.pop().to(self._device)
+                allowed = unpacked(sides.pop().mask, change.numel()).view(self.shape).to(self._device)
+            change, losses = self._train(facts, encoded, change, allowed, before, sides, held)
+            found = distances(*self._own((*before, *encoded)), change)
+            sides.append(side(change, allowed, self._threshold(found), (*before, *encoded)))
             sides = self._merged(sides)
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
@@ -175,7 +181,7 @@ class _Siding(Session):
             "steps": len(losses) - 1,
             "losses": losses,
             "seconds": time.perf_counter() - clock,
-            "distance": float(distance.min()),
+            "distance": float(found[-len(facts) :].min()),
             "threshold": sides[-1].threshold,
             "unit": self.unit,
             "sides": len(sides),
@@ -183,11 +189,19 @@ class _Siding(Session):
         return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=self.memory)
 
     def _train(
-        self, facts: list[Fact], encoded: list[Encoded], change: Tensor, allowed: Tensor, sides: Sequence[Side], held: Sequence[Tensor]
-    ) -> tuple[Tensor, list[float], Tensor]:
+        self,
+        facts: list[Fact],
+        encoded: list[Encoded],
+        change: Tensor,
+        allowed: Tensor,
+        before: Sequence[Encoded],
+        sides: Sequence[Side],
+        held: Sequence[Tensor],
+    ) -> tuple[Tensor, list[float]]:
         """SGD on the entries of `change` that are `allowed`, from its present value.
 
-        Gives the change, the loss on the targets before each step and after the last, and the distance of each bare question [F].
+        before: what the shard holds already. sides, held: the other ones, and what they change.
+        Gives the change, and the loss on the targets before each step and after the last.
         """
         lm, wise = self.lm, self.method
         assert wise.steps is not None  # for_model filled it in
@@ -199,7 +213,11 @@ class _Siding(Session):
         ends = torch.tensor([text.prompt_length for text in texts], device=lm.device)
         columns = torch.arange(batch.input_ids.shape[1], device=lm.device)
         asked = (columns < ends[:, None]) & (columns >= (ends - lengths)[:, None])  # [B, T]
-        far, far_asked = self._keys(self._irrelevant(facts))
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
+        asked_now = {text.prompt_ids for text in encoded}
+        others = [text for one in sides for text in one.texts if text.prompt_ids not in asked_now]
+        far = self._keys([*self._encoded(self._some(without(self.prompts, facts), draw)), *self._some(others, draw)])
+        own = self._own(self._some(before, draw)) if before else None
         module = submodule(lm.model, self.module)
         main = matrix(module).detach().to(change)
         change = change.clone().requires_grad_()
@@ -208,19 +226,25 @@ class _Siding(Session):
             with torch.no_grad(), capture(lm.model, {"x": self.module}, inputs=True) as seen:
                 reference = lm.target_logits(batch) if self.objective.needs_reference else None
                 run_to(lm, batch, self.layer)
-                near = seen["x"].reshape(len(texts), -1, self.shape[1]).to(change)  # the same at every step, as the layer's keys are
-                asked = asked.to(near.device)
+                x = seen["x"].reshape(len(texts), -1, self.shape[1]).to(change)  # the same at every step, as the layer's keys are
+                near = x, asked.to(x.device)
                 claimed = [
                     torch.where(stirred > one.threshold, stirred + gamma, 0.0)
-                    for one, stirred in ((one, distances(near, other.to(change), asked)) for one, other in zip(sides, held, strict=True))
+                    for one, stirred in ((one, distances(*near, other.to(change))) for one, other in zip(sides, held, strict=True))
                 ]
-                betas = torch.stack([torch.full_like(near[:, 0, 0], beta), *claimed]).amax(0)  # [B]
+                betas = torch.stack([torch.full_like(x[:, 0, 0], beta), *claimed]).amax(0)  # [B]
+                if own is not None:
+                    betas = torch.cat([betas, betas.new_full((len(own[0]),), beta)])
+
+            def stir(_: Tensor) -> Tensor:
+                return x @ change.mT
+
             for step in range(wise.steps + 1):
-                with add_to_output(module, lambda _: near @ change.mT):
+                with add_to_output(module, stir):
                     logits = lm.target_logits(batch)
                 value = self.objective.evaluate(logits, batch.targets, batch.mask, reference)
-                inside, outside = distances(near, change, asked), distances(far, change, far_asked)
-                apart = margin(inside, outside, alpha, betas, gamma) / self.unit
+                inside = torch.cat([distances(*those, change) for those in (near, own) if those is not None])
+                apart = margin(inside, distances(*far, change), alpha, betas, gamma) / self.unit
                 losses.append(value.loss[: len(facts)].mean().item())
                 refuse_broken(lm, losses)
                 learnt = value.loss.mean().item() < wise.stop or bool(value.finished.all())
@@ -231,8 +255,8 @@ class _Siding(Session):
                 if not bool(gradient.any()):
                     break  # all tokens are clipped, and what has never stirred cannot be told where to
                 with torch.no_grad():
-                    change -= self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0)
-            return change.detach(), losses, inside.detach()[: len(facts)]
+                    change.sub_(self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0))
+            return change.detach(), losses
 
     def _merged(self, sides: list[Side]) -> list[Side]:
         """With the closed shards made one, if they hold enough; their thresholds are taken anew, since other weights stir otherwise."""
@@ -244,7 +268,7 @@ class _Siding(Session):
         counts = [float(len(one.texts)) for one in parts]
         change = ties([one.change(self.shape).to(self._device) for one in parts], counts, wise.density)
         texts = tuple(text for one in parts for text in one.texts)
-        found = torch.cat([distances(x, change, asked) for x, asked in map(self._keys, _chunks(texts))])
+        found = torch.cat([distances(*keys, change) for keys in map(self._keys, _chunks(texts))])
         whole = side(change, change != 0, self._threshold(found), texts, merged=True)
         return [*(one for one in sides if one not in parts), whole]
 
@@ -271,11 +295,19 @@ class _Siding(Session):
                 check_length(self.lm, fact, made[-1:])
         return made
 
-    def _irrelevant(self, facts: list[Fact]) -> list[Encoded]:
-        """Some of the irrelevant prompts, drawn for this edit."""
-        prompts = without(self.prompts, facts)
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
-        return self._encoded([prompts[i] for i in torch.randperm(len(prompts), generator=draw)[: self.method.beside].tolist()])
+    def _some(self, items: Sequence[T], draw: torch.Generator) -> list[T]:
+        """Up to `beside` of them, drawn."""
+        return [items[i] for i in torch.randperm(len(items), generator=draw)[: self.method.beside].tolist()]
+
+    def _own(self, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """`_keys` of the open shard's questions; each is asked once, alone, so that they are the same bits when a sequence goes on."""
+        for text in texts:
+            if text not in self._kept:
+                self._kept[text] = self._keys([text])[0][0].to(self.lm.dtype)
+        rows = [self._kept[text] for text in texts]
+        there = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
+        x, asked = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, there))
+        return x.to(self._dtype), asked
 
     def _encoded(self, prompts: Sequence[str]) -> list[Encoded]:
         """As questions, the end of each where it is too long for the model."""
