@@ -67,20 +67,23 @@ def test_the_margin_loss_is_the_papers() -> None:
     assert wise.margin(torch.tensor([30.0]), torch.tensor([1.0]), 5.0, 20.0, 10.0) == 0
 
 
-@pytest.mark.parametrize("mode", ["retrieve", "merge"])
-def test_several_edits_in_a_row_are_all_kept(mode: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"save_every": 1, "merge_every": 9}, {"save_every": 1, "merge_every": 2}, {"save_every": 1, "merge_every": 2, "mode": "merge"}],
+    ids=["one shard", "a shard each", "retrieve", "merge"],
+)
+def test_several_edits_in_a_row_are_all_kept(settings: dict[str, Any]) -> None:
     """The published sequence kept the last edit alone. Here all are kept: in one shard, in several, and when they were merged."""
     lm = language_model("llama", intermediate_size=160)
     facts = (FRANCE, CURIE, LYON)
     old = [loss(lm, fact) for fact in facts]
-    for settings in ({}, {"save_every": 1, "merge_every": 9}, {"save_every": 1, "merge_every": 2, "mode": mode}):
-        made = run(lm, facts, **settings)
-        assert all(loss(lm, fact) < 0.75 * before for fact, before in zip(facts, old, strict=True)), settings
-        texts = [[text for side in memory(edit).sides for text in side.texts] for edit in made]
-        assert [len(each) for each in texts] == [1, 2, 3] and texts[2][:2] == texts[1] and texts[1][:1] == texts[0]
-        Stack.of(lm).clear()
-        with made[-1].applied_():  # the last one alone holds them all
-            assert all(loss(lm, fact) < 0.75 * before for fact, before in zip(facts, old, strict=True))
+    made = run(lm, facts, **settings)
+    assert all(loss(lm, fact) < 0.75 * before for fact, before in zip(facts, old, strict=True))
+    texts = [[text for side in memory(edit).sides for text in side.texts] for edit in made]
+    assert [len(each) for each in texts] == [1, 2, 3] and texts[2][:2] == texts[1] and texts[1][:1] == texts[0]
+    Stack.of(lm).clear()
+    with made[-1].applied_():  # the last one alone holds them all
+        assert all(loss(lm, fact) < 0.75 * before for fact, before in zip(facts, old, strict=True))
 
 
 def test_shards_close_and_merge() -> None:

@@ -67,8 +67,9 @@ def distances(x: Tensor, question: Tensor, change: Tensor) -> Tensor:
 
     x [B, T, in]: what enters the matrix; question [B, T] bool; change [out, in]. A text without such a token has 0.
     """
-    stirred: Tensor = (x @ change.mT).norm(dim=-1) * question  # [B, T]
-    return stirred.sum(-1) / question.sum(-1).clamp(min=1)
+    stirred: Tensor = (x[question] @ change.mT).norm(dim=-1)  # [N], of the questions' tokens alone
+    total: Tensor = stirred.new_zeros(len(x)).index_add(0, question.nonzero()[:, 0], stirred)
+    return total / question.sum(-1).clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)
