@@ -86,6 +86,16 @@ def test_several_edits_in_a_row_are_all_kept(settings: dict[str, Any]) -> None:
         assert all(loss(lm, fact) < 0.75 * before for fact, before in zip(facts, old, strict=True))
 
 
+def test_replay_keeps_what_the_shard_was_told_before() -> None:
+    lm = language_model("llama", intermediate_size=160)
+    facts, left = (FRANCE, CURIE, LYON), []
+    for replay in (0, 2):
+        run(lm, facts, replay=replay)
+        left.append(loss(lm, *facts[:2]))
+        Stack.of(lm).clear()
+    assert left[1] < 0.9 * left[0]
+
+
 def test_shards_close_and_merge() -> None:
     lm = language_model("llama")
     quick: dict[str, Any] = {"save_every": 1, "merge_every": 2, "steps": 5}

@@ -70,23 +70,24 @@ class WISE(Method):
     prefixes: so many texts that the model wrote are put before the prompt, besides the bare one. WISE's own is 10; OVERTONE's
         experiments, with either objective, are without.
     irrelevant: where the irrelevant prompts come from, see `irrelevant.irrelevant`; beside: so many of them for each edit.
+    replay: so many of the shard's earlier questions, drawn for each edit, are trained on with the new one: their targets, and that they
+        stir. 0: none; as published, what a shard is told last is what it says.
 
-    Ours, because the threshold is the least of many distances, and a later edit of the shard moves them all: some of the shard's earlier
-    questions (as many as irrelevant ones) are inside the margin too, and its threshold is taken anew after each edit. Some of the other
-    sides' questions are outside it. A new fact is to win over what was said of it before: the β of a question that other sides answer
-    is their distance and γ more.
+    Ours, because later edits of a shard move the distances of earlier ones: its threshold is taken anew after each edit. Questions of
+    other sides are irrelevant too. A new fact is to win over what was said of it before: the β of a question that other sides answer is
+    their distance and γ more.
     """
 
     name: ClassVar[str] = "wise"
     paper: ClassVar[str] = "arXiv 2405.14768, as in OVERTONE §4.1"
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88, "beside": 16},
+        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88, "beside": 16, "replay": 8},
         "llama-2-7b": {"layer": 27, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "llama-3-8b": {"layer": 29, "steps": 30, "lr": 0.9, "margins": (2.0, 20.0, 10.0), "unit": 1.0, "ratio": 0.5},
         "gpt-j-6b": {"layer": 21, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "qwen2.5-7b": {"layer": 23, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         # Tuned on the dev cases with cross-entropy: rephrasings stir about three fifths as much as the edited question itself.
-        "atlas": {"layer": 4, "lr": 2.0, "ratio": 0.3, "beside": 64},
+        "atlas": {"layer": 4, "lr": 2.0, "ratio": 0.3, "beside": 64, "replay": 16},
     }
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ce": {"reduction": "mean"},
@@ -110,9 +111,19 @@ class WISE(Method):
     prefixes: int = 0
     irrelevant: str | tuple[str, ...] | None = None
     beside: int | None = None
+    replay: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("save_every", 1), ("merge_every", 1), ("beside", 1), ("prefixes", 0), ("stop", 0), ("decay", 0)):
+        for name, low in (
+            ("steps", 1),
+            ("save_every", 1),
+            ("merge_every", 1),
+            ("beside", 1),
+            ("prefixes", 0),
+            ("replay", 0),
+            ("stop", 0),
+            ("decay", 0),
+        ):
             check_range(self.name, name, getattr(self, name), low)
         for name in ("lr", "unit", "shrink"):
             check_range(self.name, name, getattr(self, name), 0, above=True)
@@ -204,20 +215,23 @@ class _Siding(Session):
         Gives the change, and the loss on the targets before each step and after the last.
         """
         lm, wise = self.lm, self.method
-        assert wise.steps is not None  # for_model filled it in
+        assert wise.steps is not None and wise.beside is not None and wise.replay is not None  # for_model filled them in
         alpha, beta, gamma = self._margins
-        texts = [*encoded, *self._behind_prefixes(facts)]
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
+        asked_now = {text.prompt_ids for text in encoded}
+        said = {text.prompt_ids: text for text in before if text.prompt_ids not in asked_now}  # of each question the last answer
+        new = [*encoded, *self._behind_prefixes(facts)]
+        again = _some(list(said.values()), wise.replay, draw)
+        texts = [*new, *again]
         batch = lm.batch(texts)
         # Behind a prefix only the prompt's own tokens are to stir.
-        lengths = torch.tensor([len(text.prompt_ids) for text in encoded] * (1 + wise.prefixes), device=lm.device)
+        own = [text.prompt_length for text in encoded] * (1 + wise.prefixes) + [text.prompt_length for text in again]
+        lengths = torch.tensor(own, device=lm.device)
         ends = torch.tensor([text.prompt_length for text in texts], device=lm.device)
         columns = torch.arange(batch.input_ids.shape[1], device=lm.device)
         asked = (columns < ends[:, None]) & (columns >= (ends - lengths)[:, None])  # [B, T]
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
-        asked_now = {text.prompt_ids for text in encoded}
         others = [text for one in sides for text in one.texts if text.prompt_ids not in asked_now]
-        far = self._keys([*self._encoded(self._some(without(self.prompts, facts), draw)), *self._some(others, draw)])
-        own = self._own(self._some(before, draw)) if before else None
+        far = self._keys([*self._encoded(_some(without(self.prompts, facts), wise.beside, draw)), *_some(others, wise.beside, draw)])
         module = submodule(lm.model, self.module)
         main = matrix(module).detach().to(change)
         change = change.clone().requires_grad_()
@@ -233,8 +247,6 @@ class _Siding(Session):
                     for one, stirred in ((one, distances(*near, other.to(change))) for one, other in zip(sides, held, strict=True))
                 ]
                 betas = torch.stack([torch.full_like(x[:, 0, 0], beta), *claimed]).amax(0)  # [B]
-                if own is not None:
-                    betas = torch.cat([betas, betas.new_full((len(own[0]),), beta)])
 
             def stir(_: Tensor) -> Tensor:
                 return x @ change.mT
@@ -243,14 +255,14 @@ class _Siding(Session):
                 with add_to_output(module, stir):
                     logits = lm.target_logits(batch)
                 value = self.objective.evaluate(logits, batch.targets, batch.mask, reference)
-                inside = torch.cat([distances(*those, change) for those in (near, own) if those is not None])
-                apart = margin(inside, distances(*far, change), alpha, betas, gamma) / self.unit
+                apart = margin(distances(*near, change), distances(*far, change), alpha, betas, gamma) / self.unit
+                total = value.loss[: len(new)].mean() + (value.loss[len(new) :].mean() if again else 0.0)
                 losses.append(value.loss[: len(facts)].mean().item())
                 refuse_broken(lm, losses)
-                learnt = value.loss.mean().item() < wise.stop or bool(value.finished.all())
+                learnt = total.item() < wise.stop or bool(value.finished.all())
                 if step == wise.steps or (learnt and apart.item() < wise.stop):
                     break
-                (gradient,) = torch.autograd.grad(value.loss.mean() + apart.to(value.loss), change)
+                (gradient,) = torch.autograd.grad(total + apart.to(total), change)
                 gradient = gradient.where(allowed, 0.0)
                 if not bool(gradient.any()):
                     break  # all tokens are clipped, and what has never stirred cannot be told where to
@@ -294,10 +306,6 @@ class _Siding(Session):
                     raise FactError(str(error)) from error
                 check_length(self.lm, fact, made[-1:])
         return made
-
-    def _some(self, items: Sequence[T], draw: torch.Generator) -> list[T]:
-        """Up to `beside` of them, drawn."""
-        return [items[i] for i in torch.randperm(len(items), generator=draw)[: self.method.beside].tolist()]
 
     def _own(self, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """`_keys` of the open shard's questions; each is asked once, alone, so that they are the same bits when a sequence goes on."""
@@ -367,3 +375,7 @@ class _Siding(Session):
 
 def _chunks(texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
     return [texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK)]
+
+
+def _some(items: Sequence[T], count: int, draw: torch.Generator) -> list[T]:
+    return [items[i] for i in torch.randperm(len(items), generator=draw)[:count].tolist()]
