@@ -27,7 +27,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "retrieval": {},
     "melo": {"steps": 50, "lr": 0.1, "scale": 1.0, "radius": 1.0},
     # Margins that a few steps reach; what they keep apart is tested elsewhere.
-    "wise": {"steps": 50, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where does Lyon lie?", "Pierre worked in")},
+    "wise": {"steps": 30, "lr": 3.0, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where is Lyon?", "Pierre worked in")},
 }
 # Keys of random models differ from context to context as much as from fact to fact, so there is one context, the bare prompt; and in
 # a width of 40 what must not move is made to count little, so that an edit shows.
