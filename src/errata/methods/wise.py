@@ -23,7 +23,7 @@ from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import from_layer, resumable, run_to, states_at
 from errata.lm.tokens import Encoded, encode
-from errata.methods.base import Method, Session, check_length, check_range, refuse_broken
+from errata.methods.base import Method, Session, check_length, check_range, half_made, refuse_broken
 from errata.methods.irrelevant import irrelevant, without
 from errata.methods.locate.contexts import prefixes
 
@@ -236,7 +236,7 @@ class _Siding(Session):
         main = matrix(module).detach().to(change)
         change = change.clone().requires_grad_()
         losses: list[float] = []
-        with from_layer(lm, self.layer, states_at(lm, batch, self.layer)):
+        with from_layer(lm, self.layer, states_at(lm, batch, self.layer)) as whole:
             with torch.no_grad(), capture(lm.model, {"x": self.module}, inputs=True) as seen:
                 reference = lm.target_logits(batch) if self.objective.needs_reference else None
                 run_to(lm, batch, self.layer)
@@ -252,6 +252,10 @@ class _Siding(Session):
                 return x @ change.mT
 
             for step in range(wise.steps + 1):
+                if self.watch:
+                    so_far = change.detach()
+                    now = side(so_far, allowed, self._threshold(distances(*near, so_far)), (*before, *encoded))
+                    self.watch(step, half_made(lm, SideMemory("", None, self.module, self.shape, (*sides, now)), whole))
                 with add_to_output(module, stir):
                     logits = lm.target_logits(batch)
                 value = self.objective.evaluate(logits, batch.targets, batch.mask, reference)
