@@ -17,6 +17,7 @@ from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.sequence import FACT, NOT_FINITE, SOLVER
 from errata.edits import Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError
+from errata.lm import ModelError
 from errata.metrics import teacher_forced
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from errata.methods import Method, Session
     from errata.objectives import Objective
 
-FINISH = "finish"
-"""Beside the reasons of a sequence: what the method does at the end could not be done, so there is no model of its own to measure."""
+FINISH, TEXT = "finish", "text"
+"""Beside the reasons of a sequence: what the method does at the end could not be done, so there is no model of its own to measure; and a
+text of the case is too long for the model."""
 
 
 def blocks(cases: Sequence[EditCase], size: int) -> list[tuple[EditCase, ...]]:
@@ -50,7 +52,7 @@ def fill(
     if Stack.of(lm).active:
         raise PlanError(f"{lm.name} has edits applied, and continual editing begins at the unedited model; revert them first")
     assert plan.block is not None  # the protocol is continual
-    before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
+    before: dict[str, teacher_forced.Tokens | ModelError] = {}  # what the unedited model says, once a case, for all rows
     total = sum(len(cases[row.seed]) for row, *_ in rows)
     done = sum(key_of(row, case.id) in records for row, *_ in rows for case in cases[row.seed])
     for row, method, objective in rows:
@@ -58,13 +60,20 @@ def fill(
             missing = [key for case in block if (key := key_of(row, case.id)) not in records]
             if not missing:
                 continue
-            before |= teacher_forced.unedited(lm, [case for case in block if case.id not in before])
+            before |= {case.id: _before(lm, case) for case in block if case.id not in before}
             for line in _run(row, method, objective, lm, block, number, before, plan.measure):
                 if (key := key_of(row, line["case"])) in missing:
                     records[key] = append(path, line)
             done += len(missing)
             if progress:
                 progress(done, total, row.name)
+
+
+def _before(lm: LanguageModel, case: EditCase) -> teacher_forced.Tokens | ModelError:
+    try:
+        return teacher_forced.unedited(lm, [case])[case.id]
+    except ModelError as error:
+        return error
 
 
 def _run(
@@ -74,10 +83,11 @@ def _run(
     lm: LanguageModel,
     block: Sequence[EditCase],
     number: int,
-    before: Mapping[str, teacher_forced.Tokens],
+    known: Mapping[str, teacher_forced.Tokens | ModelError],
     measure: str,
 ) -> list[Record]:
     """One block, from the unedited model and back to it; a line for each case, in the order of the edits."""
+    before = {case: tokens for case, tokens in known.items() if not isinstance(tokens, ModelError)}
     seed = row.case_seed("\n".join(case.id for case in block))
     begun: list[Session] = []
 
@@ -92,11 +102,17 @@ def _run(
             line: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
             line |= {"block": number, "place": place}
             lines.append(line)
+            if isinstance(unasked := known[case.id], ModelError):
+                line |= {"error": str(unasked), "failure": TEXT}
+                continue
             try:
                 made = watched(lm.device, row.case_seed(case.id), lambda facts=case.facts: edit(facts))  # type: ignore[misc]  # bound now
                 settle(lm, made.edit)
             except FactError as error:
                 line |= {"error": str(error), "failure": FACT}
+                continue
+            except ModelError as error:
+                line |= {"error": str(error), "failure": TEXT}
                 continue
             except FloatingPointError as error:
                 line |= {"error": str(error), "failure": NOT_FINITE}
@@ -111,8 +127,8 @@ def _run(
                 }
                 del made  # the stack keeps what it needs
             if measure != "after-sequence":
-                line["after_each"] = outcomes(lm, [case], before)[0]
-        _measure(lm, begun[0] if begun else None, block, lines, before, measure)
+                (line["after_each"],) = _asked(lm, [case], before, row.seed)
+        _measure(lm, begun[0] if begun else None, block, lines, before, measure, row.seed)
     finally:
         Stack.of(lm).clear()
     return lines
@@ -125,20 +141,21 @@ def _measure(
     lines: Sequence[Record],
     before: Mapping[str, teacher_forced.Tokens],
     measure: str,
+    seed: int,
 ) -> None:
     """Add to the lines what the model scores after the last edit, with what the method does at the end of a sequence.
 
     A case whose edit broke down is asked about too: so the model answers after T edits of which that one came to nothing.
     """
     edited = [line for line in lines if "error" not in line]
-    asked = [(case, line) for case, line in zip(block, lines, strict=True) if line.get("failure") != FACT]
+    asked = [(case, line) for case, line in zip(block, lines, strict=True) if line.get("failure") not in (FACT, TEXT)]
     clock = time.perf_counter()
     try:
         extra = session.finish() if session and edited and measure != "after-each" else []
         wait_for(lm.device)
         finished = time.perf_counter()
         with Edit(lm, extra, [], {"name": "finish"}).applied_() if extra else nullcontext():
-            found = [] if measure == "after-each" else outcomes(lm, [case for case, _ in asked], before)
+            found = [] if measure == "after-each" else _asked(lm, [case for case, _ in asked], before, seed)
     except (EditError, LinAlgError) as error:  # nothing could be written, or its singular values cannot be found
         for _, line in asked:
             line |= {"error": str(error), "failure": FINISH}
@@ -152,3 +169,15 @@ def _measure(
         found = [line.pop("after_each") for _, line in asked]
     for (_, line), outcome in zip(asked, found, strict=True):
         line |= outcome
+
+
+def _asked(lm: LanguageModel, cases: Sequence[EditCase], before: Mapping[str, teacher_forced.Tokens], seed: int) -> list[Record]:
+    """The outcomes of cases; of one with a text that is too long for the model, that."""
+    if not cases:
+        return []
+    try:
+        return outcomes(lm, cases, before, seed)
+    except ModelError as error:
+        if len(cases) == 1:
+            return [{"error": str(error), "failure": TEXT}]
+        return [one for case in cases for one in _asked(lm, [case], before, seed)]

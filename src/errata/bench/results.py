@@ -66,7 +66,7 @@ def _row(plan: Plan, row: Row, case_ids: Sequence[str], lines: Mapping[Key, Reco
     measured = [record for record in records if "reliability" in record]
     made = [record for record in records if "error" not in record]
     several = {} if plan.block is None else _blocks(plan.measure, plan.block, len(case_ids))
-    after_each = [record["after_each"] for record in records if "after_each" in record]
+    after_each = [seen for record in records if "reliability" in (seen := record.get("after_each", {}))]
     return {
         "method": row.method,
         "objective": row.objective,
