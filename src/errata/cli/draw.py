@@ -40,7 +40,7 @@ def draw(
     plan, results = Plan.read(run / PLAN), json.loads((run / RESULTS).read_text(encoding="utf-8"))
     if len(runs) > 1:
         if case or what is None or not {name.strip() for name in what.split(",")} <= set(TOGETHER):
-            raise PlanError(f"several runs are drawn together by {', '.join(TOGETHER)} alone; add --what figure3, or give one run")
+            raise PlanError(f"several runs are drawn together by {' and '.join(TOGETHER)} alone; add --what figure3, or give one run")
         results = together([json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in runs])
     if case is not None:
         what, results = what or ",".join(CURVES), _of_case(run, results, case)
