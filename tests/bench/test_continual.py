@@ -22,7 +22,7 @@ from errata.edits import Edit, LowRankDelta, Stack
 from errata.facts import EditCase, Fact, FactError, Probe, Question
 from errata.lm import LanguageModel
 from errata.methods.base import Method, Session
-from errata.metrics import summarise, teacher_forced
+from errata.metrics import teacher_forced
 from tests.families import language_model
 
 SUBJECTS = ("France", "Japan", "Russia", "Warsaw", "Lyon")
@@ -36,8 +36,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "melo": {"steps": 2, "lr": 0.1, "scale": 1.0, "radius": 1.0},
     "wise": {"steps": 2, "lr": 3.0, "margins": [0.01, 0.02, 0.01], "irrelevant": ["Where is Lyon?", "Pierre worked in"]},
     "retrieval": {},
-    **dict.fromkeys(("rome", "memit", "memit+history", "prune", "rect"), LOCATE),
-    **dict.fromkeys(("alphaedit", "deltaedit"), {**LOCATE, "share": 1.0, "l2": 1e-4}),
+    **{name: LOCATE for name in ("rome", "memit", "memit+history", "prune", "rect")},
+    **{name: {**LOCATE, "share": 1.0, "l2": 1e-4} for name in ("alphaedit", "deltaedit")},
 }
 PLAN = Plan("tiny", "few", ("ft-m",), protocol="continual:2", settings={"ft-m": QUICK["ft-m"]})
 
@@ -59,8 +59,10 @@ def go(out: Path, lm: LanguageModel, plan: Plan = PLAN, data: Sequence[EditCase]
 
 
 def lines(out: Path) -> dict[str, dict[str, Any]]:
-    """Case -> its line, without what a clock or the operating system measured, and without its place."""
+    """Case -> its last line, without what a clock or the operating system measured, and without its place."""
     found = [json.loads(line) for line in (out / RECORDS).open()]
+    for one in found:
+        one["diagnostics"] = {k: v for k, v in one.get("diagnostics", {}).items() if not k.startswith("seconds")}
     return {one["case"]: {k: v for k, v in one.items() if k not in ("seconds", "peak_memory_mb", "block", "place")} for one in found}
 
 
@@ -100,14 +102,13 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_one_edit_in_a_row_is_single_editing(name: str, tmp_path: Path, lm: LanguageModel) -> None:
-    settings = {name: {k: v for k, v in QUICK[name].items()}}
-    single = Plan("tiny", "few", (name,), settings=settings, limit=3, seeds=(3,))
+    single = Plan("tiny", "few", (name,), settings={name: QUICK[name]}, limit=2, seeds=(3,))
     first = go(tmp_path / "single", lm, single)
     second = go(tmp_path / "one", lm, replace(single, protocol="continual:1"))
     assert lines(tmp_path / "single") == lines(tmp_path / "one")
     (one,), (other,) = measured(first), measured(second)
-    assert one["metrics"] == other["metrics"] and one["intervals"] == other["intervals"] and one["n"] == other["n"] == 3
-    assert (other["blocks"], other["last_block"]) == (3, 1)
+    assert one["metrics"] == other["metrics"] and one["intervals"] == other["intervals"] and one["n"] == other["n"] == 2
+    assert (other["blocks"], other["last_block"]) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["ft-m", "melo", "prune"])
@@ -141,17 +142,15 @@ def test_the_lines_say_where_a_case_stood(tmp_path: Path, lm: LanguageModel) -> 
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
-def test_a_stopped_run_ends_as_an_undisturbed_one(kept: int, tmp_path: Path, lm: LanguageModel) -> None:
-    plan = replace(PLAN, methods=("ft-m", "lora"), settings={name: QUICK[name] for name in ("ft-m", "lora")}, measure="both")
-    whole = go(tmp_path / "whole", lm, plan)
-    stopped = tmp_path / "stopped"
-    go(stopped, lm, plan)
-    text = (stopped / RECORDS).read_text().splitlines(keepends=True)
-    (stopped / RECORDS).write_text("".join(text[:kept]) + text[kept][:20])  # killed while it wrote
-    again = go(stopped, lm, plan, resume=True)
-    assert measured(again) == measured(whole)
-    assert lines(stopped) == lines(tmp_path / "whole") and len((stopped / RECORDS).read_text().splitlines()) == len(text)
+def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path, lm: LanguageModel) -> None:
+    plan = replace(PLAN, methods=("lora", "melo"), settings={name: QUICK[name] for name in ("lora", "melo")})
+    whole = measured(go(tmp_path / "run", lm, plan, cases("France", "Japan", "Russia")))
+    undisturbed = (tmp_path / "run" / RECORDS).read_text().splitlines(keepends=True)
+    kept = lines(tmp_path / "run")
+    for number in (1, 2, 4):  # within a block, between two, and in the next row; killed while it wrote
+        (tmp_path / "run" / RECORDS).write_text("".join(undisturbed[:number]) + undisturbed[number][:20])
+        assert measured(go(tmp_path / "run", lm, plan, cases("France", "Japan", "Russia"), resume=True)) == whole
+        assert lines(tmp_path / "run") == kept and len((tmp_path / "run" / RECORDS).read_text().splitlines()) == len(undisturbed)
 
 
 def test_what_cannot_be_edited_is_a_line_and_the_others_go_on(tmp_path: Path, lm: LanguageModel, odd: None) -> None:
@@ -172,14 +171,14 @@ def test_what_cannot_be_edited_is_a_line_and_the_others_go_on(tmp_path: Path, lm
 
 
 def test_measured_after_each_edit_or_both(tmp_path: Path, lm: LanguageModel) -> None:
-    both = go(tmp_path / "both", lm, replace(PLAN, measure="both"))["rows"][0]
-    each = go(tmp_path / "each", lm, replace(PLAN, measure="after-each"))["rows"][0]
-    end = go(tmp_path / "end", lm)["rows"][0]
+    plan = replace(PLAN, settings={"ft-m": {"steps": 5, "lr": 0.5, "layer": 2}})  # so that edits disturb one another
+    both = go(tmp_path / "both", lm, replace(plan, measure="both"))["rows"][0]
+    each = go(tmp_path / "each", lm, replace(plan, measure="after-each"))["rows"][0]
+    end = go(tmp_path / "end", lm, plan)["rows"][0]
     assert {k: v for k, v in both["metrics"].items() if k != "after_each"} == end["metrics"]
     assert both["metrics"]["after_each"] == each["metrics"] and "after_each" not in end["metrics"]
-    firsts = [line for line in lines(tmp_path / "both").values() if line["case"] in {case.id for case in PLAN.draw(cases(), 0)[::2]}]
-    assert any(line["after_each"]["probes"] != line["probes"] for line in firsts), "a later edit moves what was said of an earlier one"
-    assert summarise([line["after_each"] for line in lines(tmp_path / "both").values()])["reliability"] is not None
+    (first, *_), found = plan.draw(cases(), 0), lines(tmp_path / "both")
+    assert found[first.id]["after_each"]["generation"] != found[first.id]["generation"], "a later edit moves what is said of an earlier one"
 
 
 def test_questions_are_asked_of_the_model_after_all_edits(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from errata.report.tables import Known, Sheet, edited, sheets
 
 @app.command()
 def draw(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A folder that 'errata bench' wrote; figure3 and overtone-table take several.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help=f"Folders that 'errata bench' wrote; several: {', '.join(TOGETHER)}.")],
     what: Annotated[
         str | None, typer.Option(metavar="A,B", help=f"{', '.join(DRAWINGS)} (default: what the plan wants, else all that it can give).")
     ] = None,

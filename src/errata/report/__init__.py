@@ -20,7 +20,7 @@ TABLES: Mapping[str, str] = {
     "table1": "efficacy, generalization, specificity at the end, on top and larger",
     "noise-table": "the superimposed noise of the last edited layer at each checkpoint",
     "k-beta-table": "the mean kᵀβ of different edits at each checkpoint",
-    "overtone-table": "Rel. … Loc., their average, exact generation: each method, with OVERTONE, the difference (OVERTONE; of several runs too)",
+    "overtone-table": "Rel. … Loc., Avg., exact generation: each method, with OVERTONE, the difference (OVERTONE; one run or several)",
     "case-study": "what is written behind the transcripts' prompts, by the unedited model and after each method's last edit",
 }
 DRAWINGS: Mapping[str, str] = {**PICTURES, **TABLES}
