@@ -26,7 +26,7 @@ def test_a_method_then_with_overtone_then_the_paired_difference() -> None:
     rels = {"ce": (80.0, 90.0, 85.0), "overtone": (82.0, 91.0, 90.0)}
     rows = [row("lora", name, rel, seed) for seed in range(3) for name, own in rels.items() for rel in [own[seed]]]
     (sheet,) = sheets(results(*[row("rome", "ce", 60.0, seed) for seed in range(3)], *rows))
-    assert sheet.title == "Llama-2 on zsre, T = 1, 10 edits, mean of 3 seeds ± standard deviation; without a name: ce"
+    assert sheet.title == "Llama-2 on zsre, T = 1, 10 edits a seed, mean of 3 seeds ± standard deviation; without a name: ce"
     assert sheet.headings == ("method", "Rel.", "Avg.", "EM"), "what no row has is no column"
     assert [line[0] for line in sheet.rows] == ["rome", "lora", "+ overtone", "difference"]
     assert sheet.rows[1][1] == f"85.00 ±{stdev(rels['ce']):.2f}" and sheet.rows[1][2].startswith("84.00")

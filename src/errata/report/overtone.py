@@ -27,7 +27,7 @@ def sheets(results: Results) -> list[Sheet]:
     """A table for each data set and number T of edits in a row. Raises DrawingError for a run of another protocol."""
     parts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in results["rows"]:
-        if str(row["protocol"]).partition(":")[0] in ("single", "continual"):
+        if str(row.get("protocol", "")).partition(":")[0] in ("single", "continual"):
             parts.setdefault((row.get("data") or _name(results["environment"]["data"]), row["protocol"]), []).append(row)
     if not parts:
         raise DrawingError("this run holds no single or continual edits; make some with: errata bench --protocol single, or continual:T")
@@ -71,10 +71,11 @@ def _title(model: str, data: str, rows: Rows, first: str) -> str:
     seeds = len({row["seed"] for row in rows})
     edits = max(row["n"] + row["failed"] for row in rows if row["seed"] == rows[0]["seed"])
     spread = f"mean of {seeds} seeds ± standard deviation" if seeds > 1 else "± half a 95 % interval"
+    each = " a seed" if seeds > 1 else ""
     short = rows[0].get("last_block", length)
     rest = f" (the last row {short})" if name == "continual" and str(short) != length else ""
     when = f", measured {rows[0]['measure']}" if rows[0].get("measure", "after-sequence") != "after-sequence" else ""
-    return f"{model} on {data}, T = {length or 1}{rest}{when}, {edits} edits, {spread}; without a name: {first}"
+    return f"{model} on {data}, T = {length or 1}{rest}{when}, {edits} edits{each}, {spread}; without a name: {first}"
 
 
 def _values(rows: Rows, name: str) -> list[float]:
