@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -109,6 +109,7 @@ class Plan:
     data: str
     methods: tuple[str, ...]
     objectives: tuple[str, ...] = ("ce",)
+    _: KW_ONLY
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     protocol: str = "single"
     checkpoints: tuple[int, ...] = ()
