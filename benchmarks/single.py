@@ -29,7 +29,7 @@ from objective import machine
 import errata
 from errata.bench import batches
 from errata.bench.plan import Row
-from errata.bench.run import _line, _outcome, parts
+from errata.bench.run import _line, parts
 from errata.data import load as load_data
 from errata.facts import EditCase
 from errata.lm.model import LanguageModel
@@ -49,7 +49,7 @@ def one_by_one(row: Row, lm: LanguageModel, cases: Sequence[EditCase], settings:
 def in_batches(row: Row, lm: LanguageModel, cases: Sequence[EditCase], settings: Record, size: int) -> list[Record]:
     method, objective = parts(row.method, row.objective, settings)
     groups = [cases[first : first + size] for first in range(0, len(cases), size)]
-    return [line for group in groups for line in batches.lines(row, method, objective, lm, group, {}, _outcome)]
+    return [line for group in groups for line in batches.lines(row, method, objective, lm, group, {})]
 
 
 def compare(name: str, objective: str, lm: LanguageModel, cases: Sequence[EditCase], args: argparse.Namespace) -> Record:

@@ -28,9 +28,9 @@ PLAN = Plan("tiny", "few", NAMES, batch=3, settings=SETTINGS)
 
 
 def some() -> list[EditCase]:
-    """Five, and one of them with a text that no model of 96 positions can take, another with questions."""
+    """Five, and one of them with a text that the model cannot take, another with questions."""
     found = cases("France", "Japan", "Russia", "Lyon", "Paris")
-    long = Probe("word " * 200, ("Paris",))
+    long = Probe("word " * 1200, ("Paris",))
     found[1] = replace(found[1], locality={"other": (long,)})
     found[3] = replace(found[3], questions=(Question(("Where does Lyon lie?",), ("France",)),))
     return found
@@ -48,7 +48,7 @@ def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    return language_model("llama", dtype=torch.float64)
+    return language_model("llama", dtype=torch.float64, max_position_embeddings=1024)  # the prompts of MQuAKE are long
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_a_stopped_run_goes_on_to_the_same_lines(tmp_path: Path, lm: LanguageMod
 
 def test_a_fact_that_cannot_be_edited(lm: LanguageModel) -> None:
     method, objective = module.parts("ft-m", "ce", SETTINGS)
-    bad = replace(some()[0], id="bad", facts=(Fact("word " * 200 + "{} is", "France", "Paris"),))
-    found = batches.lines(PLAN.rows[0], method, objective, lm, [bad, *cases()], {}, module._outcome)
+    bad = replace(some()[0], id="bad", facts=(Fact("word " * 1200 + "{} is", "France", "Paris"),))
+    found = batches.lines(PLAN.rows[0], method, objective, lm, [bad, *cases()], {})
     assert "too long" in found[0]["error"] and not any("error" in line for line in found[1:])
 
 

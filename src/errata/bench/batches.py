@@ -7,7 +7,7 @@ the middle of a batch makes it once more and keeps the lines that it has.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -15,6 +15,7 @@ import torch
 
 from errata.bench.making import short, wait_for
 from errata.bench.memory import watch_peak
+from errata.bench.outcomes import outcomes
 from errata.edits.side_by_side import SideBySide, can_stand_beside
 from errata.facts import FactError
 from errata.lm import ModelError
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from errata.objectives import Objective
 
 Before = dict[str, teacher_forced.Tokens]
-Measure = Callable[["LanguageModel", "EditCase", Mapping[str, teacher_forced.Tokens], int], dict[str, Any]]
-"""(model with an edit applied, case, what the unedited model says, seed) -> the outcome of one case."""
 
 MOST = 64
 """Edits in a batch: beyond it nothing is gained on a CPU, and a run that is stopped loses more."""
@@ -60,7 +59,7 @@ def fitting(lm: LanguageModel) -> int:
 
 
 def lines(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before, measure: Measure
+    row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before
 ) -> list[Record]:
     """The lines of cases that are edited together, in their order; a case that fails has a line with its `error`, and hurts no other.
 
@@ -79,7 +78,7 @@ def lines(
             wrong[case.id] = str(edit)
         else:
             edits[case.id] = edit
-    measured = _measured(lm, {case.id: case for case in fit if case.id in edits}, edits, before, row.seed, measure, wrong)
+    measured = _measured(lm, {case.id: case for case in fit if case.id in edits}, edits, before, row.seed, wrong)
     found: list[Record] = []
     for case in cases:
         record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
@@ -129,7 +128,6 @@ def _measured(
     edits: Mapping[str, Edit],
     before: Before,
     seed: int,
-    measure: Measure,
     wrong: dict[str, str],
 ) -> dict[str, tuple[dict[str, Any], float]]:
     """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by one."""
@@ -138,16 +136,16 @@ def _measured(
     if len(beside) > 1:
         clock = time.perf_counter()
         try:
-            outcomes = side_by_side(lm, beside, [edits[case.id] for case in beside], before)
+            made = side_by_side(lm, beside, [edits[case.id] for case in beside], before)
         except (FactError, ModelError):  # a text that is too long: one by one the others do not suffer from it
-            outcomes = []
+            made = []
         seconds = (time.perf_counter() - clock) / len(beside)
-        found = {case.id: (outcome, seconds) for case, outcome in zip(beside, outcomes, strict=False)}
+        found = {case.id: (outcome, seconds) for case, outcome in zip(beside, made, strict=False)}
     for case in (case for case in cases.values() if case.id not in found):
         clock = time.perf_counter()
         try:
             with edits[case.id].applied_():
-                outcome = measure(lm, case, before, seed)
+                (outcome,) = outcomes(lm, [case], before, seed)
         except (FactError, ModelError) as error:
             wrong[case.id] = str(error)
             continue
@@ -160,9 +158,9 @@ def side_by_side(lm: LanguageModel, cases: Sequence[EditCase], edits: Sequence[E
     rows = SideBySide(lm, edits).rows
     scores = teacher_forced.score_all(lm, cases, before, ROWS, within=rows)
     written = generation.score_all(lm, cases, batch_size=ROWS, within=rows)
-    outcomes = []
+    found = []
     for score, text in zip(scores, written, strict=True):
         outcome = score.to_dict() | {"generation": text.to_dict()}
         del outcome["id"]
-        outcomes.append(outcome)
-    return outcomes
+        found.append(outcome)
+    return found
