@@ -102,7 +102,7 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_one_edit_in_a_row_is_single_editing(name: str, tmp_path: Path, lm: LanguageModel) -> None:
-    single = Plan("tiny", "few", (name,), settings={name: QUICK[name]}, limit=2, seeds=(3,))
+    single = Plan("tiny", "few", (name,), settings={name: QUICK[name]}, batch=1, limit=2, seeds=(3,))
     first = go(tmp_path / "single", lm, single)
     second = go(tmp_path / "one", lm, replace(single, protocol="continual:1"))
     assert lines(tmp_path / "single") == lines(tmp_path / "one")
@@ -185,7 +185,7 @@ def test_questions_are_asked_of_the_model_after_all_edits(tmp_path: Path) -> Non
     lm = language_model("llama", max_position_embeddings=1024)  # the prompts of MQuAKE are long
     asked = (Question(("Which is the capital of France?",), ("Warsaw",)), Question(("Who lives there?",), ("e",), 2))
     data = [replace(case, questions=asked) if case.id.startswith("0") else case for case in cases("France", "Japan")]
-    single = go(tmp_path / "single", lm, replace(PLAN, protocol="single", seeds=(5,)), data)["rows"][0]
+    single = go(tmp_path / "single", lm, replace(PLAN, protocol="single", batch=1, seeds=(5,)), data)["rows"][0]
     one = go(tmp_path / "one", lm, replace(PLAN, protocol="continual:1", seeds=(5,)), data)["rows"][0]
     assert single["metrics"] == one["metrics"] and "multi_hop" in one["metrics"]
     assert [("questions" in line) for line in lines(tmp_path / "one").values()].count(True) == 1

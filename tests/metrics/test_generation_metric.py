@@ -51,7 +51,7 @@ class Scripted:
     def __init__(self, tokenizer: Any, answers: dict[str, str]) -> None:
         self.tokenizer, self.answers, self.limits = tokenizer, answers, dict[str, int]()
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, stop_at_newline: bool = True, batch_size: int = 32) -> list[str]:
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, stop_at_newline: bool = True, **_: Any) -> list[str]:
         assert stop_at_newline
         self.limits |= dict.fromkeys(prompts, max_new_tokens)
         return [self.answers[prompt] for prompt in prompts]

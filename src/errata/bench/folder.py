@@ -42,6 +42,7 @@ def claim(plan: Plan, out: Path, resume: bool) -> Plan:
     known = replace(
         plan,
         threads=plan.threads or begun.threads,
+        batch=plan.batch or begun.batch,
         dtype=plan.dtype or begun.dtype,
         split=plan.split or begun.split,
         data_hash=begun.data_hash,

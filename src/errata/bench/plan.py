@@ -91,7 +91,8 @@ class Plan:
     checkpoints: numbers of edits after which a sequence is measured; N is always one. Empty: five equal parts.
     measure: "after-sequence": at a checkpoint, every case so far, or after a block of T all of its cases; "after-each": every case right
         after its own edit; or "both".
-    batch: so many cases of a sequence are edited together.
+    batch: so many cases of a sequence are edited together, as one edit. Of single edits: so many are made and measured side by side, each
+        as if it were alone, where the method can (see `errata.bench.batches`). 0: of single edits what memory takes, otherwise one.
     curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
     drawings: tables and pictures of the finished run that `errata bench` makes at the end, by name; see `errata.report`.
@@ -114,7 +115,7 @@ class Plan:
     protocol: str = "single"
     checkpoints: tuple[int, ...] = ()
     measure: str = "after-sequence"
-    batch: int = 1
+    batch: int = 0
     curves: bool = False
     transcripts: tuple[str, ...] = ()
     drawings: tuple[str, ...] = ()
@@ -158,9 +159,13 @@ class Plan:
             raise PlanError(f"unknown measure {self.measure!r}{did_you_mean(self.measure, MEASURES)}")
         if unknown := [name for name in self.drawings if name not in DRAWINGS]:
             raise PlanError(f"unknown drawing {unknown[0]!r}{did_you_mean(unknown[0], DRAWINGS)}")
-        if self.batch < 1:
-            raise PlanError(f"batch must be at least 1 (got {self.batch})")
+        if self.batch < 0:
+            raise PlanError(f"batch must be at least 1 (got {self.batch}); leave it out for the usual number")
         size = self.sequence
+        if self.curves and self.batch > 1:
+            raise PlanError("curves are of edits that are made one by one; leave out batch")
+        if not self.batch and (self.protocol != "single" or self.curves):
+            object.__setattr__(self, "batch", 1)
         if self.curves and self.protocol != "single":
             raise PlanError(f"curves are of single edits, not of the protocol {self.protocol!r}; leave one of them out")
         if not self.curves and (drawn := [name for name in self.drawings if name in CURVES]):
@@ -169,7 +174,7 @@ class Plan:
             fitting = "sequential:N" if size is None else "single or continual:T"
             raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
         if size is None:
-            alone = {"checkpoints": (), "batch": 1, "transcripts": ()} | ({} if self.block else {"measure": MEASURES[0]})
+            alone = {"checkpoints": (), "transcripts": ()} | ({"batch": 1} if self.block else {"measure": MEASURES[0]})
             for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import data, methods
-from errata.bench import continual, sequence
+from errata.bench import batches, continual, sequence
 from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
@@ -74,6 +74,7 @@ def run(
         raise PlanError(f"{plan.data} has two cases with the id {next(i for i in ids if ids.count(i) > 1)!r}; records are found by it")
     lm = (load or (lambda: load_model(plan.model, dtype=plan.dtype)))()
     with _threads(plan.threads) as threads:
+        plan = replace(plan, batch=plan.batch or batches.fitting(lm))
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
         for _, method, objective in rows:
@@ -85,7 +86,7 @@ def run(
         elif plan.block is not None:
             continual.fill(plan, rows, drawn, lm, out / RECORDS, records, progress)
         else:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves, plan.batch)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
@@ -139,20 +140,28 @@ def _fill(
     records: dict[Key, Record],
     progress: Progress | None,
     curves: bool = False,
+    batch: int = 1,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed; curves: see `Plan`."""
+    """Measure what has no record yet, and append it. cases: those of each seed; curves, batch: see `Plan`."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
     wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
     total, done = len(wanted), sum(key in records for key in wanted)
     for row, method, objective in rows:
-        for case in cases[row.seed]:
-            key = key_of(row, case.id)
-            if key in records:
+        size = batch if batches.edits_together(method) else 1
+        for first in range(0, len(cases[row.seed]), size):
+            group = cases[row.seed][first : first + size]
+            if all(key_of(row, case.id) in records for case in group):
                 continue
-            records[key] = append(path, _line(row, method, objective, lm, case, before, curves))
-            done += 1
-            if progress:
-                progress(done, total, row.name)
+            if size == 1:
+                lines = [_line(row, method, objective, lm, group[0], before, curves)]
+            else:
+                lines = batches.lines(row, method, objective, lm, group, before)
+            for case, line in zip(group, lines, strict=True):
+                if (key := key_of(row, case.id)) not in records:  # a batch that was cut off is made anew, so that the rest is the same
+                    records[key] = append(path, line)
+                    done += 1
+                    if progress:
+                        progress(done, total, row.name)
 
 
 def _line(

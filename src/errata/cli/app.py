@@ -227,7 +227,10 @@ def bench(
     measure: Annotated[
         str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints, after T edits), after-each (its own edit), or both.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Edit N cases of a sequence together (default: 1).")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Cases edited together: in a row as one edit (default: 1), else side by side (by memory)."),
+    ] = None,
     curves: Annotated[bool, typer.Option("--curves", help="Look at single edits after every step: what figure1 and figure2 show.")] = False,
     transcript: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="Keep how the model goes on here, before and after a sequence.")

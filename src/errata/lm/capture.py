@@ -81,3 +81,22 @@ def add_to_output(module: nn.Module, delta: Tensor | Callable[[Tensor], Tensor])
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def add_from_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Add to a module's output what `change` makes of its input, while the model runs: output + change(input), differentiably.
+
+    change: [.., in] -> as many elements as the output has, which it is reshaped to. Of a tuple the first element is changed.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        plain = first(output)
+        made = change(args[0] if args else kwargs["hidden_states"])
+        return with_first(output, plain + made.to(plain.device, plain.dtype).reshape(plain.shape))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -18,6 +18,7 @@ from errata.lm.anatomy import Anatomy, find_anatomy
 from errata.lm.asking import asking, prefaced
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
+from errata.lm.own import Within, within_of
 from errata.lm.sampling import Sampling
 from errata.lm.tokens import Batch, Encoded, collate, decode, encode
 
@@ -154,11 +155,14 @@ class LanguageModel:
         batch_size: int = 32,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
+        within: Within | None = None,
     ) -> list[str]:
         """Continuations, greedy or sampled, only the new text of each, in the order of the prompts.
 
         prompts: texts; or ids, to be taken as they are (a chat template's).
         temperature, seeds: at a temperature above 0 each continuation is sampled, with the seed of its own that it then needs; 0 is greedy.
+
+        within: entered around each batch, with the numbers of the prompts that are its rows.
 
         A continuation ends at the end token, before a line break (if `stop_at_newline`), after `max_new_tokens`, or where the
         model's positions end. Prompts run in batches padded on the left, which gives the text that each would give alone.
@@ -179,7 +183,8 @@ class LanguageModel:
             for start in range(0, len(alike), batch_size):
                 chosen = alike[start : start + batch_size]
                 sampling = Sampling(temperature, [seeds[i] for i in chosen], self.device) if temperature and seeds else None
-                written = self._continue([encoded[i] for i in chosen], limit, stop_at_newline, sampling)
+                with within_of(within, chosen):
+                    written = self._continue([encoded[i] for i in chosen], limit, stop_at_newline, sampling)
                 for i, new in zip(chosen, written, strict=True):
                     texts[i] = self._new_text(encoded[i], new, stop_at_newline)
         return texts

@@ -113,9 +113,14 @@ def resumable(lm: LanguageModel, layer: int) -> list[nn.Module]:
     Raises ModelError if `layer` is none of them, and for a model whose later layers read keys and values of earlier ones (Gemma 3n).
     """
     layers = _layers(lm, layer)
-    if getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0):
+    if not can_resume(lm):
         raise ModelError(f"later layers of {lm.name} read keys and values of earlier ones; run the whole model, not from layer {layer} on")
     return layers
+
+
+def can_resume(lm: LanguageModel) -> bool:
+    """Whether a layer sees nothing of the ones below but the hidden states."""
+    return not getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0)
 
 
 def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:

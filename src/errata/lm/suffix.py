@@ -56,7 +56,9 @@ class Suffix:
         first = torch.tensor(_checked(encoded, starts), device=lm.device)  # [B]
         batch = lm.batch(encoded)
         # The last token of a target predicts nothing: it need not be read.
-        batch = replace(batch, input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1])
+        # Padding on the right need not be hidden, the model is causal; so no token is left with nothing to look at, which in some models
+        # (Gemma 2 in float64) gives NaN.
+        batch = replace(batch, input_ids=batch.input_ids[:, :-1], attention_mask=torch.ones_like(batch.attention_mask[:, :-1]))
         self._lm, self._layer = lm, layer
         self.targets, self.mask = batch.targets, batch.mask
         self.cached = is_exact(lm, layer) if cached is None else cached
@@ -119,11 +121,8 @@ class Suffix:
         layers = resumable(lm, layer)
         stores: list[Any] = [DynamicLayer() if i >= layer else _Prefix() for i in range(len(layers))]  # type: ignore[no-untyped-call]
         with entering(layers[layer]) as seen:
-            # Padding on the right need not be hidden, the model is causal; so no token is left with nothing to look at, which in some
-            # models (Gemma 2 in float64) gives NaN.
-            everything = torch.ones_like(batch.attention_mask)
             lm.model.get_decoder()(
-                input_ids=batch.input_ids, attention_mask=everything, past_key_values=Cache(layers=stores), use_cache=True
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=Cache(layers=stores), use_cache=True
             )
         # Prefixes are padded on the left, so that each ends where its rest begins and tokens are as far apart as they were. Behind
         # a rest stands the padding of the whole texts, at positions that the longest of them has too.

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
+
 from errata.edits.delta import Delta
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
@@ -89,6 +91,44 @@ class Method(ABC):
     @abstractmethod
     def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
         """A session on `lm`; `objective` None is this method's cross-entropy. Raises ModelError if the method cannot edit the model."""
+
+    def many(
+        self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
+    ) -> list[Edit | FactError]:
+        """Independent edits of the unedited model, one for each request: each what `start(lm, objective, seed).complete(facts)` gives.
+
+        seeds: one for each request; torch's own generators are seeded with it too, and put back afterwards.
+        An edit that cannot be made stands in the list as its FactError, so that the others do not suffer from it.
+
+        Here one by one. Methods that override it optimise the edits side by side: the same up to rounding, whatever is in the batch.
+        """
+        return [alone(self, lm, facts, seed, objective) for facts, seed in zip(requests, seeds, strict=True)]
+
+
+def alone(method: Method, lm: LanguageModel, facts: Sequence[Fact], seed: int, objective: Objective | None) -> Edit | FactError:
+    """One edit of the unedited model by itself, or why it cannot be made."""
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            return method.start(lm, objective=objective, seed=seed).complete(facts)
+        except FactError as error:
+            return error
+
+
+def encode_each(session: Session, requests: Sequence[Sequence[Fact]]) -> tuple[list[list[Encoded]], list[int], dict[int, Edit | FactError]]:
+    """(the encoded facts of each request that has them, the numbers of these, number -> what is wrong with one of the others)."""
+    texts: list[list[Encoded]] = []
+    there: list[int] = []
+    wrong: dict[int, Edit | FactError] = {}
+    for number, facts in enumerate(requests):
+        try:
+            if not facts:
+                raise FactError("there is nothing to edit; give at least one fact")
+            texts.append([session.encode(fact) for fact in facts])
+            there.append(number)
+        except FactError as error:
+            wrong[number] = error
+    return texts, there, wrong
 
 
 class Session(ABC):

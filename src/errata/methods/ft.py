@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from errata.edits.delta import DenseDelta, master_dtype
 from errata.edits.edit import Edit
-from errata.facts import Fact
+from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
-from errata.lm.capture import add_to_output, capture, submodule
+from errata.lm.capture import add_from_input, add_to_output, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
-from errata.lm.resume import from_layer, states_at
-from errata.methods.base import Method, Session, check_range, refuse_broken
+from errata.lm.resume import can_resume, from_layer, states_at
+from errata.lm.tokens import Encoded
+from errata.methods.base import Method, Session, check_range, encode_each, refuse_broken
+from errata.methods.together import Together, alike, train
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -92,6 +94,17 @@ class FT(Method):
         return _Tuning(lm, chosen, objective, seed)
 
 
+    def many(
+        self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
+    ) -> list[Edit | FactError]:
+        """See `Method.many`. Nothing is drawn here, so the seeds say nothing."""
+        session = self.start(lm, objective)
+        assert isinstance(session, _Tuning)
+        if len(requests) < 2 or len(session.method.layers) > 1 or not can_resume(lm):
+            return super().many(lm, requests, seeds, objective)
+        return session.many(requests)
+
+
 class _Tuning(Session):
     method: FT
 
@@ -135,6 +148,19 @@ class _Tuning(Session):
                             change.data.clamp_(-ft.clamp, ft.clamp)
         return self._made(facts, [change.detach() for change in changes.values()], losses, time.perf_counter() - clock)
 
+    def many(self, requests: Sequence[Sequence[Fact]]) -> list[Edit | FactError]:
+        """Independent edits, side by side; see `Method.many`."""
+        ft = self.method
+        assert ft.steps is not None and ft.lr is not None  # for_model filled them in
+        texts, there, made = encode_each(self, requests)
+        for group in alike(texts):
+            clock = time.perf_counter()
+            trained = train(_Changes(self.lm, ft, [texts[i] for i in group]), self.objective, ft.lr, ft.steps, ft.stop)
+            seconds = (time.perf_counter() - clock) / len(group)
+            for i, one in zip(group, trained, strict=True):
+                made[there[i]] = self._made(list(requests[there[i]]), one.parameters, one.losses, seconds)
+        return [made[number] for number in range(len(requests))]
+
     def _made(self, facts: list[Fact], changes: Sequence[Tensor], losses: list[float], seconds: float) -> Edit:
         """changes: [d, d_in] of each trained layer."""
         paths = [self.lm.anatomy.mlp_down[layer] for layer in self.method.layers]
@@ -155,3 +181,48 @@ class _Tuning(Session):
 def _written(seen: Mapping[str, Tensor], path: str, change: Tensor, _: Tensor) -> Tensor:
     """Δ k, for the keys [B, T, d_in] that have just gone into the module."""
     return seen[path].to(change.dtype) @ change.T
+
+
+class _Changes(Together):
+    """E changes [d, d_in] of one down-projection. Its keys are the same at every step.
+
+    Where the MLP writes straight into the residual stream, what a change makes of the keys arrives at the layer above as it is, so the
+    layer itself is run once, too.
+    """
+
+    def __init__(self, lm: LanguageModel, ft: FT, texts: Sequence[Sequence[Encoded]]) -> None:
+        (layer,) = ft.layers
+        path = lm.anatomy.mlp_down[layer]
+        self.module, self.clamp, self.last_prompt_position = submodule(lm.model, path), ft.clamp, ft.variant == "l"
+        self.straight = lm.anatomy.writes_straight and layer + 1 < len(lm.anatomy.layers)
+        # Where every target token is asked of the position before the first one, no later one runs.
+        cut = [replace(text, ids=text.ids[: text.prompt_length + 1]) for own in texts for text in own]
+        with capture(lm.model, {"k": path}, inputs=True) as seen:
+            super().__init__(lm, texts, layer + self.straight, cut if self.last_prompt_position else None)
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        size = (len(texts), lm.anatomy.hidden_size, lm.anatomy.key_size)
+        self.parameters = [torch.zeros(size, dtype=master_dtype(weight), device=weight.device, requires_grad=True)]
+        self.keys = self._shaped(seen["k"]) if self.straight else None
+
+    def _shaped(self, keys: Tensor) -> Tensor:
+        """[B, T, d_in] (flattened in OPT), in the precision of the changes."""
+        return keys.reshape(len(self.suffix), -1, keys.shape[-1]).to(self.parameters[0].dtype)
+
+    def logits(self) -> Tensor:
+        (changes,), states = self.parameters, self.suffix.states
+        if self.keys is not None:
+            logits = self.suffix.logits(states + self.owners.dense(self.keys, changes).to(states))
+        else:
+            with add_from_input(self.module, lambda keys: self.owners.dense(self._shaped(keys), changes)):
+                logits = self.suffix.logits(states)
+        return logits.expand(*self.mask.shape, -1) if self.last_prompt_position else logits
+
+    def updated(self) -> None:
+        if self.clamp is not None:
+            self.parameters[0].data.clamp_(-self.clamp, self.clamp)
+
+    def keep(self, edits: list[int]) -> Tensor:
+        rows = super().keep(edits)
+        if self.keys is not None:
+            self.keys = self.keys[rows, : self.suffix.states.shape[1]]
+        return rows

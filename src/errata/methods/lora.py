@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,10 +17,14 @@ from torch import Tensor, nn
 from errata.edits.delta import LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
-from errata.facts import Fact
+from errata.facts import Fact, FactError
+from errata.lm.capture import add_from_input, submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
-from errata.methods.base import Method, Session, check_range, refuse_broken
+from errata.lm.resume import can_resume
+from errata.lm.tokens import Encoded
+from errata.methods.base import Method, Session, check_range, encode_each, refuse_broken
+from errata.methods.together import Together, alike, train
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -78,6 +84,16 @@ class LoRA(Method):
         _ = lm.anatomy  # found now, not while adapters are in the model and their dropout is on
         return _Adapting(lm, replace(chosen, targets=found), objective, seed)
 
+    def many(
+        self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
+    ) -> list[Edit | FactError]:
+        """See `Method.many`. Each edit begins with the adapter, and draws the dropout masks, that its seed gives it alone."""
+        if len(requests) < 2 or not can_resume(lm):
+            return super().many(lm, requests, seeds, objective)
+        session = self.start(lm, objective)
+        assert isinstance(session, _Adapting)
+        return session.many(requests, seeds)
+
 
 class _Adapting(Session):
     method: LoRA
@@ -131,6 +147,23 @@ class _Adapting(Session):
         self.edits.append(weakref.ref(self.last))
         return self.last
 
+    def many(self, requests: Sequence[Sequence[Fact]], seeds: Sequence[int]) -> list[Edit | FactError]:
+        """Independent edits, side by side, each from an adapter of its own; see `Method.many`."""
+        lora = self.method
+        assert lora.steps is not None and lora.lr is not None  # for_model filled them in
+        texts, there, made = encode_each(self, requests)
+        for group in alike(texts):
+            clock = time.perf_counter()
+            edits = _Adapters(self.lm, lora, [texts[i] for i in group], [seeds[there[i]] for i in group])
+            trained = train(edits, self.objective, lora.lr, lora.steps)
+            seconds = (time.perf_counter() - clock) / len(group)
+            for i, one in zip(group, trained, strict=True):
+                pairs = zip(one.parameters[::2], one.parameters[1::2], strict=True)
+                deltas = [LowRankDelta(path, edits.scale * b, a) for path, (a, b) in zip(edits.paths, pairs, strict=True)]
+                diagnostics = {"steps": len(one.losses) - 1, "losses": one.losses, "seconds": seconds}
+                made[there[i]] = Edit(self.lm, deltas, list(requests[there[i]]), lora.to_dict(), self.record(), diagnostics)
+        return [made[number] for number in range(len(requests))]
+
     def _without_adapter(self) -> AbstractContextManager[object]:
         """The adapter that goes on being trained is in the weights already, through the earlier edits: take it out while training."""
         known = [edit for made in self.edits if (edit := made()) is not None]
@@ -151,6 +184,103 @@ class _Adapting(Session):
         """See `Session.load_state_dict`."""
         super().load_state_dict(state)
         self.adapter = dict(state["adapter"])
+
+
+class _Adapters(Together):
+    """E adapters of every adapted module: A [E, r, in] and B [E, out, r] in turn. paths: those modules, in order."""
+
+    def __init__(self, lm: LanguageModel, lora: LoRA, texts: Sequence[Sequence[Encoded]], seeds: Sequence[int]) -> None:
+        super().__init__(lm, texts, 0)
+        self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
+        first = _fresh(lm, lora, seeds)
+        self.paths = list(first[0][0])
+        self.parameters = [
+            torch.stack([adapters[path][part] for adapters, _ in first]).requires_grad_() for path in self.paths for part in (0, 1)
+        ]
+        #: What each edit's masks are drawn from, for the shape [facts, tokens] that it has alone.
+        self.draws = [(draw, len(own), max(len(text.ids) for text in own)) for own, (_, draw) in zip(texts, first, strict=True)]
+
+    def logits(self) -> Tensor:
+        with ExitStack() as stack:
+            for place, path in enumerate(self.paths):
+                stack.enter_context(add_from_input(submodule(self.lm.model, path), partial(self._change, 2 * place)))
+            return self.suffix.logits(self.suffix.states)
+
+    def _change(self, place: int, x: Tensor) -> Tensor:
+        a, b = self.parameters[place : place + 2]
+        x = x.reshape(len(self.suffix), -1, x.shape[-1]).to(a.dtype)
+        if self.dropout > 0:
+            x = x * self._mask(x)
+        return self.owners.low_rank(x, b * (self.scale / (1 - self.dropout)), a)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """What dropout lets through of x [B, T, in], where T may be less than an edit's own width, or more: 1 or 0."""
+        mask = x.new_zeros(x.shape)
+        row = 0
+        for generator, facts, tokens in self.draws:
+            drawn = x.new_empty(facts, tokens, x.shape[-1]).bernoulli_(1 - self.dropout, generator=generator)
+            mask[row : row + facts, :tokens] = drawn[:, : x.shape[1]]
+            row += facts
+        return mask
+
+    def keep(self, edits: list[int]) -> Tensor:
+        self.draws = [self.draws[edit] for edit in edits]
+        return super().keep(edits)
+
+
+class _Dropout(nn.Module):
+    """torch's dropout on a CPU, drawn in the same way on every device: from a generator that edits side by side can each have."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else x
+
+
+Adapters = dict[str, tuple[Tensor, Tensor]]
+"""path -> A [r, in], B [out, r]"""
+
+
+def _fresh(lm: LanguageModel, lora: LoRA, seeds: Sequence[int]) -> list[tuple[Adapters, torch.Generator]]:
+    """PEFT's new adapters under each seed, and a generator that goes on where they stopped drawing.
+
+    PEFT's own injection takes longer than an edit's share of a batch, so it is asked once and its draws are repeated for the other seeds;
+    should they not be what it draws (another PEFT), it is asked for each.
+    """
+    begun, generator = _injected(lm, lora, seeds[0])
+    again, other = _drawn(lm, lora, seeds[0], begun)
+    same = torch.equal(generator.get_state(), other.get_state()) and all(torch.equal(begun[path][0], again[path][0]) for path in begun)
+    return [(begun, generator), *((_drawn(lm, lora, seed, begun) if same else _injected(lm, lora, seed)) for seed in seeds[1:])]
+
+
+def _drawn(lm: LanguageModel, lora: LoRA, seed: int, like: Adapters) -> tuple[Adapters, torch.Generator]:
+    """What PEFT draws for adapters of the shapes of `like`: two linear maps as torch begins them, and A once more."""
+    made: Adapters = {}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for path, (a, b) in like.items():
+            down = nn.Linear(a.shape[1], lora.rank, bias=False)
+            nn.Linear(lora.rank, b.shape[0], bias=False)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            made[path] = (down.weight.detach().to(a), torch.zeros_like(b))
+        return made, _generator(lm, seed)
+
+
+def _injected(lm: LanguageModel, lora: LoRA, seed: int) -> tuple[Adapters, torch.Generator]:
+    """What PEFT itself begins with."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        with _adapted(lm, lora, {}) as adapters:
+            made = {path: (a.detach().clone(), b.detach().clone()) for path, (a, b) in adapters.items()}
+        return made, _generator(lm, seed)
+
+
+def _generator(lm: LanguageModel, seed: int) -> torch.Generator:
+    """What dropout draws from next: on a CPU the generator that drew the adapters, elsewhere the device's own, new."""
+    generator = torch.Generator(lm.device)
+    return generator.set_state(torch.get_rng_state()) if lm.device.type == "cpu" else generator.manual_seed(seed)
 
 
 @contextmanager
@@ -192,6 +322,8 @@ def _adapted(
                 with torch.no_grad():
                     a.copy_(start[path][0])
                     b.copy_(start[path][1])
+            if lora.dropout > 0:
+                pair.lora_dropout["default"] = _Dropout(lora.dropout)
             pair.lora_dropout.train()
             adapters[path] = (a, b)
         yield adapters

@@ -13,6 +13,7 @@ from typing import Any
 
 from errata.facts import EditCase, Probe
 from errata.lm import LanguageModel, encode
+from errata.lm.own import Within, mapped
 from errata.metrics.normalise import contains, exact
 from errata.metrics.teacher_forced import BATCH_SIZE, probes_of
 
@@ -51,17 +52,25 @@ class GenerationScore:
         return {"exact": self.exact, "contains": self.contains, "transcripts": transcripts}
 
 
-def ask(lm: LanguageModel, probes: Sequence[Probe], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = BATCH_SIZE) -> list[Transcript]:
+def ask(
+    lm: LanguageModel,
+    probes: Sequence[Probe],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    within: Within | None = None,
+) -> list[Transcript]:
     """Put questions to the model; the transcripts in their order.
 
     max_new_tokens: the limit, doubled as often as it takes to leave room for twice the longest answer of a question (WikiBio's are
     whole sentences). Right answers are never out of reach, and wrong ones never cut to fit.
+    within: entered around each batch, with the numbers of the questions that are its rows.
     """
     limits = [_limit(lm, probe, max_new_tokens) for probe in probes]
     texts: dict[int, str] = {}
     for limit in sorted(set(limits)):
         chosen = [i for i, own in enumerate(limits) if own == limit]
-        texts |= zip(chosen, lm.generate([probes[i].prompt for i in chosen], limit, batch_size=batch_size), strict=True)
+        prompts = [probes[i].prompt for i in chosen]
+        texts |= zip(chosen, lm.generate(prompts, limit, batch_size=batch_size, within=mapped(within, chosen)), strict=True)
     return [
         Transcript(probe.prompt, probe.answers, texts[i], exact(texts[i], probe.answers), contains(texts[i], probe.answers))
         for i, probe in enumerate(probes)
@@ -83,9 +92,15 @@ def score(lm: LanguageModel, case: EditCase, max_new_tokens: int = MAX_NEW_TOKEN
 
 
 def score_all(
-    lm: LanguageModel, cases: Sequence[EditCase], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = BATCH_SIZE
+    lm: LanguageModel,
+    cases: Sequence[EditCase],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    within: Within | None = None,
 ) -> list[GenerationScore]:
-    """The same for cases that are measured on the same model, in their order."""
+    """The same for cases that are measured on the same model, in their order; or each on its own, which `within` sets up for the numbers
+    of the cases that the rows of a batch are about (`errata.edits.side_by_side`)."""
     probes = [probes_of(case)["reliability"]["edit"] for case in cases]
-    transcripts = iter(ask(lm, [probe for own in probes for probe in own], max_new_tokens, batch_size))
+    about = mapped(within, [number for number, own in enumerate(probes) for _ in own])
+    transcripts = iter(ask(lm, [probe for own in probes for probe in own], max_new_tokens, batch_size, about))
     return [GenerationScore(case.id, tuple(next(transcripts) for _ in own)) for case, own in zip(cases, probes, strict=True)]

@@ -16,6 +16,7 @@ import torch
 
 from errata.facts import EditCase, Probe
 from errata.lm import Encoded, LanguageModel, encode
+from errata.lm.own import Within, mapped, within_of
 from errata.metrics.summary import KINDS
 
 BATCH_SIZE = 32
@@ -104,17 +105,23 @@ def agreement(one: Sequence[int], other: Sequence[int]) -> float:
 
 @torch.no_grad()  # not inference_mode: what the model caches meanwhile must stay fit for training
 def predict(
-    lm: LanguageModel, texts: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+    lm: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    batch_size: int = BATCH_SIZE,
+    batch_tokens: int = BATCH_TOKENS,
+    within: Within | None = None,
 ) -> list[Prediction]:
     """The arg-max at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
 
+    within: entered around each batch, with the numbers of the texts that are its rows.
     Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
     """
     encoded = [encode(lm.tokenizer, prompt, answer) for prompt, answer in texts]
     found: dict[int, Prediction] = {}
     for chosen in batches(encoded, batch_size, batch_tokens):
         batch = lm.batch([encoded[i] for i in chosen])
-        given = lm.target_logits(batch).argmax(dim=-1).tolist()  # [B, Tm]
+        with within_of(within, chosen):
+            given = lm.target_logits(batch).argmax(dim=-1).tolist()  # [B, Tm]
         for i, row in zip(chosen, given, strict=True):
             wanted = encoded[i].target_ids
             found[i] = Prediction(wanted, tuple(row[: len(wanted)]))
@@ -133,20 +140,25 @@ def batches(encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_toke
         yield chosen
 
 
-def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
+def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE, together: bool = False) -> dict[str, Tokens]:
     """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
 
     JSON-ready. Each case is run by itself, here and in `score`: in half precision a text's logits depend in the last bit on what is
-    in the batch with it, and a model that has not moved must score 100.
+    in the batch with it, and a model that has not moved must score 100. together: all cases in the same batches, where that cannot be.
     """
-    return {case.id: _locality(lm, case, batch_size) for case in cases}
+    if together:
+        return {case.id: tokens for case, tokens in zip(cases, _locality(lm, cases, batch_size), strict=True)}
+    return {case.id: _locality(lm, [case], batch_size)[0] for case in cases}
 
 
-def _locality(lm: LanguageModel, case: EditCase, batch_size: int) -> dict[str, list[list[int]]]:
-    groups = probes_of(case).get("locality", {})
-    texts = [(probe.prompt, probe.answers[0]) for probes in groups.values() for probe in probes]
-    given = iter(predict(lm, texts, batch_size))
-    return {name: [list(next(given).given) for _ in probes] for name, probes in groups.items()}
+def _locality(
+    lm: LanguageModel, cases: Sequence[EditCase], batch_size: int, within: Within | None = None
+) -> list[dict[str, list[list[int]]]]:
+    asked = [probes_of(case).get("locality", {}) for case in cases]
+    rows = [(number, probe) for number, groups in enumerate(asked) for probes in groups.values() for probe in probes]
+    texts = [(probe.prompt, probe.answers[0]) for _, probe in rows]
+    given = iter(predict(lm, texts, batch_size, within=mapped(within, [number for number, _ in rows])))
+    return [{name: [list(next(given).given) for _ in probes] for name, probes in groups.items()} for groups in asked]
 
 
 def score(lm: LanguageModel, case: EditCase, before: Mapping[str, Tokens] | None, batch_size: int = BATCH_SIZE) -> CaseScore:
@@ -155,11 +167,17 @@ def score(lm: LanguageModel, case: EditCase, before: Mapping[str, Tokens] | None
 
 
 def score_all(
-    lm: LanguageModel, cases: Sequence[EditCase], before: Mapping[str, Tokens] | None, batch_size: int = BATCH_SIZE
+    lm: LanguageModel,
+    cases: Sequence[EditCase],
+    before: Mapping[str, Tokens] | None,
+    batch_size: int = BATCH_SIZE,
+    within: Within | None = None,
 ) -> list[CaseScore]:
     """The accuracies of cases that are measured on the same model, in their order.
 
     before: what `unedited` gave before the edits; None leaves locality out.
+    within: where each case is measured on a model of its own: entered around each batch, with the number of the case that each row is
+    about (`errata.edits.side_by_side`). Locality is then asked of all cases at once, too.
     In portability the best of a probe's aliases counts; in reliability, generality and locality only its first answer.
 
     Raises ValueError where `before` does not belong to the cases; what `predict` raises.
@@ -175,9 +193,13 @@ def score_all(
         if kind != "locality"
     ]
     best: dict[tuple[int, str, str, int], float] = {}
-    predictions = predict(lm, [text for _, text in answers], batch_size)
+    about = mapped(within, [place[0] for place, _ in answers])
+    predictions = predict(lm, [text for _, text in answers], batch_size, within=about)
     for (place, _), prediction in zip(answers, predictions, strict=True):
         best[place] = max(best.get(place, 0.0), prediction.accuracy)
+    now: list[dict[str, list[list[int]]]] = []
+    if before is not None:
+        now = [_locality(lm, [case], batch_size)[0] for case in cases] if within is None else _locality(lm, cases, batch_size, within)
     scores = []
     for index, (case, kinds) in enumerate(zip(cases, asked, strict=True)):
         values = {
@@ -186,7 +208,7 @@ def score_all(
             if kind != "locality"
         }
         if before is not None and "locality" in kinds:
-            values["locality"] = _unmoved(case, before, _locality(lm, case, batch_size))
+            values["locality"] = _unmoved(case, before, now[index])
         scores.append(CaseScore(case.id, values))
     return scores
 

@@ -1,0 +1,166 @@
+"""Single edits in batches: what each case yields is what it yields alone, up to rounding; only it takes less time.
+
+Which cases run together is fixed by the plan (so many in a row of its list), never by what is measured already: a run that was stopped in
+the middle of a batch makes it once more and keeps the lines that it has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from errata.bench.making import short, wait_for
+from errata.bench.memory import watch_peak
+from errata.bench.outcomes import outcomes
+from errata.edits.side_by_side import SideBySide, can_stand_beside
+from errata.facts import FactError
+from errata.lm import ModelError
+from errata.methods.base import Method
+from errata.metrics import generation, teacher_forced
+
+if TYPE_CHECKING:
+    from errata.bench.folder import Record
+    from errata.bench.plan import Row
+    from errata.edits import Edit
+    from errata.facts import EditCase
+    from errata.lm import LanguageModel
+    from errata.objectives import Objective
+
+Before = dict[str, teacher_forced.Tokens]
+
+MOST = 64
+"""Edits in a batch: beyond it nothing is gained on a CPU, and a run that is stopped loses more."""
+TOKENS = 64
+"""Of an edit's text, for the memory it takes."""
+ROWS = 256
+"""Texts in a batch of the measurement."""
+
+
+def edits_together(method: object) -> bool:
+    """Whether a method optimises several edits side by side."""
+    return isinstance(method, Method) and type(method).many is not Method.many
+
+
+def fitting(lm: LanguageModel) -> int:
+    """How many edits fit into half of the memory that is free now, 1 to MOST.
+
+    An edit is taken for a dense change of one MLP down-projection, six times in float32 (itself, its gradient, two moments, its end, one
+    more on the way), and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
+    LoRA takes less; methods that train more need `batch` in the plan.
+    """
+    free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
+    d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
+    one = 6 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
+    return max(1, min(MOST, free // 2 // one))
+
+
+def lines(
+    row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before
+) -> list[Record]:
+    """The lines of cases that are edited together, in their order; a case that fails has a line with its `error`, and hurts no other.
+
+    before: what the unedited model says; it is filled up. The seconds are each case's share, the memory is that of the whole batch.
+    """
+    wrong = _unedited(lm, cases, before)
+    fit = [case for case in cases if case.id not in wrong]
+    seeds = [row.case_seed(case.id) for case in fit]
+    peak, clock = watch_peak(lm.device), time.perf_counter()
+    made = method.many(lm, [case.facts for case in fit], seeds, objective) if fit else []
+    wait_for(lm.device)
+    editing, memory = (time.perf_counter() - clock) / max(1, len(fit)), peak()
+    edits = {}
+    for case, edit in zip(fit, made, strict=True):
+        if isinstance(edit, FactError):
+            wrong[case.id] = str(edit)
+        else:
+            edits[case.id] = edit
+    measured = _measured(lm, {case.id: case for case in fit if case.id in edits}, edits, before, row.seed, wrong)
+    found: list[Record] = []
+    for case in cases:
+        record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
+        if case.id in wrong:
+            found.append(record | {"error": wrong[case.id]})
+            continue
+        outcome, seconds = measured[case.id]
+        edit = edits[case.id]
+        found.append(
+            record
+            | outcome
+            | {
+                "seconds": {"edit": round(editing, 6), "measure": round(seconds, 6)},
+                "peak_memory_mb": round(memory, 1),
+                "settings": {"method": edit.method, "objective": edit.objective},
+                "diagnostics": short(edit.diagnostics),
+            }
+        )
+    return found
+
+
+def _unedited(lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> dict[str, str]:
+    """Ask the unedited model what it was not asked yet. Case id -> why it cannot be asked."""
+    missing = [case for case in cases if case.id not in before]
+    try:
+        before |= teacher_forced.unedited(lm, missing, ROWS, together=wide(lm))
+        return {}
+    except ModelError:  # one of the texts is too long: which one?
+        wrong = {}
+        for case in missing:
+            try:
+                before |= teacher_forced.unedited(lm, [case])
+            except ModelError as error:
+                wrong[case.id] = str(error)
+        return wrong
+
+
+def wide(lm: LanguageModel) -> bool:
+    """Whether what stands in a batch together changes rounding only. In half precision it may change an answer, so there the measurement
+    goes one by one, with each edit written into the weights."""
+    return lm.dtype in (torch.float32, torch.float64)
+
+
+def _measured(
+    lm: LanguageModel,
+    cases: Mapping[str, EditCase],
+    edits: Mapping[str, Edit],
+    before: Before,
+    seed: int,
+    wrong: dict[str, str],
+) -> dict[str, tuple[dict[str, Any], float]]:
+    """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by one."""
+    beside = [case for case in cases.values() if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
+    found: dict[str, tuple[dict[str, Any], float]] = {}
+    if len(beside) > 1:
+        clock = time.perf_counter()
+        try:
+            made = side_by_side(lm, beside, [edits[case.id] for case in beside], before)
+        except (FactError, ModelError):  # a text that is too long: one by one the others do not suffer from it
+            made = []
+        seconds = (time.perf_counter() - clock) / len(beside)
+        found = {case.id: (outcome, seconds) for case, outcome in zip(beside, made, strict=False)}
+    for case in (case for case in cases.values() if case.id not in found):
+        clock = time.perf_counter()
+        try:
+            with edits[case.id].applied_():
+                (outcome,) = outcomes(lm, [case], before, seed)
+        except (FactError, ModelError) as error:
+            wrong[case.id] = str(error)
+            continue
+        found[case.id] = outcome, time.perf_counter() - clock
+    return found
+
+
+def side_by_side(lm: LanguageModel, cases: Sequence[EditCase], edits: Sequence[Edit], before: Before) -> list[dict[str, Any]]:
+    """The outcome of each case under its own edit, all in one go. Raises ModelError where a text is too long."""
+    rows = SideBySide(lm, edits).rows
+    scores = teacher_forced.score_all(lm, cases, before, ROWS, within=rows)
+    written = generation.score_all(lm, cases, batch_size=ROWS, within=rows)
+    found = []
+    for score, text in zip(scores, written, strict=True):
+        outcome = score.to_dict() | {"generation": text.to_dict()}
+        del outcome["id"]
+        found.append(outcome)
+    return found

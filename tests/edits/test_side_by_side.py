@@ -1,0 +1,84 @@
+"""Edits side by side: each row is what the model gives with its edit applied, and the weights are never touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from errata import data, methods
+from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement
+from errata.edits.side_by_side import SideBySide, can_stand_beside
+from errata.facts import Fact
+from errata.lm import LanguageModel, encode
+from errata.lm.anatomy import is_conv1d
+from errata.lm.capture import submodule
+from errata.metrics import generation, teacher_forced
+from tests.families import language_model
+
+TEXTS = [("The capital of France is", "Paris"), ("Marie Curie was born in", "Warsaw, in Poland"), ("Lyon lies in", "France")]
+
+
+def edits_of(lm: LanguageModel) -> list[Edit]:
+    """Unlike ones: dense, low-rank of two ranks, both on one module, on other modules, nothing at all."""
+    torch.manual_seed(1)
+    down, other = lm.anatomy.mlp_down[1], lm.anatomy.mlp_down[2]
+
+    def dense(path: str) -> DenseDelta:
+        shape = submodule(lm.model, path).weight.shape
+        return DenseDelta(path, torch.randn(*shape, dtype=torch.float64))  # type: ignore[call-overload]
+
+    def low(path: str, rank: int) -> LowRankDelta:
+        module = submodule(lm.model, path)
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type, union-attr]
+        out, width = shape[::-1] if is_conv1d(module) else shape
+        return LowRankDelta(path, torch.randn(out, rank, dtype=torch.float64), torch.randn(rank, width, dtype=torch.float64))
+
+    deltas = [[dense(down)], [low(down, 2), low(other, 1)], [dense(down), low(down, 3), dense(down)], []]
+    return [Edit(lm, own, [Fact("{} is", "Lyon", "Paris")], {"name": "test"}) for own in deltas]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "olmo2"])
+def test_each_row_is_that_of_its_edit(family: str) -> None:
+    lm = language_model(family, dtype=torch.float64)
+    edits = edits_of(lm)
+    rows = [2, 0, 3, 1, 0, 2]
+    encoded = [encode(lm.tokenizer, *TEXTS[row % 3]) for row in range(len(rows))]
+    batch = lm.batch(encoded)
+    plain = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
+    with torch.no_grad(), SideBySide(lm, edits).rows(rows):
+        found = lm.target_logits(batch)
+    assert all(torch.equal(parameter, plain[name]) for name, parameter in lm.model.named_parameters())
+    for row, edit in enumerate(rows):
+        with torch.no_grad(), edits[edit].applied_():
+            expected = lm.target_logits(batch)[row]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)  # the norms compute in float32
+
+
+def test_what_does_more_than_add_is_refused() -> None:
+    lm = language_model("llama")
+    path = lm.anatomy.mlp_down[0]
+    edit = Edit(lm, [Replacement(path, submodule(lm.model, path).weight.detach().clone())], [], {"name": "folded"})  # type: ignore[union-attr, operator]
+    assert not can_stand_beside(edit)
+    with pytest.raises(EditError, match="cannot run beside others"):
+        SideBySide(lm, [edit])
+
+
+@pytest.mark.parametrize("name", ["ft-m", "lora"])
+def test_scores_on_atlas_are_those_of_one_by_one(name: str) -> None:
+    """Token matches of every probe, and the text that is written: the same."""
+    import errata
+
+    lm = errata.load("atlas", device="cpu")
+    cases = data.load("atlas", split="dev")[:6]
+    method = methods.get(name, steps=5, lr=1e-1 if name == "ft-m" else 1e-2)
+    edits = [method.start(lm, seed=i).complete(case.facts) for i, case in enumerate(cases)]
+    before = teacher_forced.unedited(lm, cases)
+    expected = []
+    for case, edit in zip(cases, edits, strict=True):
+        with edit.applied_():
+            expected.append((teacher_forced.score(lm, case, before), generation.score(lm, case)))
+    beside = SideBySide(lm, edits)
+    scores = teacher_forced.score_all(lm, cases, before, within=beside.rows)
+    written = generation.score_all(lm, cases, within=beside.rows)
+    assert list(zip(scores, written, strict=True)) == expected
+    assert any(score.locality != 1.0 for score in scores)  # the edits have changed something
