@@ -193,7 +193,7 @@ class _Runner:
     def __init__(self, lm: LanguageModel, layer: int, texts: Sequence[Encoded]) -> None:
         self.lm, self.layer = lm, layer
         self.straight = lm.anatomy.writes_straight and layer + 1 < len(lm.anatomy.layers)
-        self.suffix = Suffix(lm, texts, layer + 1 if self.straight else layer)
+        self.suffix = Suffix(lm, texts, layer + 1 if self.straight else layer, packed_from=layer + 1)  # `_added_at` wants all of `layer`
 
     def keep(self, rows: Tensor) -> None:
         self.suffix = self.suffix.keep(rows)
