@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.facts import EditCase, Fact, FactError, Probe
     from errata.lm import LanguageModel, ModelError, load
-    from errata.methods import FT, MEMIT, PRUNE, RECT, ROME, AlphaEdit, DeltaEdit, LoRA, edit
+    from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, WISE, AlphaEdit, DeltaEdit, LocFT, LoRA, Retrieval, edit
     from errata.objectives import CrossEntropy, Overtone
 
 __version__ = "0.1.0"
@@ -33,6 +33,8 @@ _HOME = {
     "FactError": "facts",
     "LanguageModel": "lm",
     "LoRA": "methods",
+    "LocFT": "methods",
+    "MELO": "methods",
     "MEMIT": "methods",
     "ModelError": "lm",
     "Overtone": "objectives",
@@ -40,16 +42,20 @@ _HOME = {
     "Probe": "facts",
     "RECT": "methods",
     "ROME": "methods",
+    "Retrieval": "methods",
+    "WISE": "methods",
     "edit": "methods",
     "load": "lm",
 }
 
 __all__ = [
     "FT",
+    "MELO",
     "MEMIT",
     "PRUNE",
     "RECT",
     "ROME",
+    "WISE",
     "AlphaEdit",
     "CrossEntropy",
     "DeltaEdit",
@@ -59,9 +65,11 @@ __all__ = [
     "FactError",
     "LanguageModel",
     "LoRA",
+    "LocFT",
     "ModelError",
     "Overtone",
     "Probe",
+    "Retrieval",
     "__version__",
     "edit",
     "load",

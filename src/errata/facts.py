@@ -123,6 +123,29 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What the model is to answer in its own words (MQuAKE): answered if one of the answers stands in what it writes.
+
+    wordings: the question in full, in one or several wordings; one that is answered is enough.
+    answers: those that count; the first is the canonical one.
+    hops: through how many facts the answer follows (1: it is asked for directly).
+    edited: whether a fact of the case has part in the answer; not so for the other facts on the way of a multi-hop question.
+    """
+
+    wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+    hops: int = 1
+    edited: bool = True
+
+    def __post_init__(self) -> None:
+        for name, texts in (("wording", self.wordings), ("answer", self.answers)):
+            if not texts or not all(text.strip() for text in texts):
+                raise FactError(f"a question needs at least one {name}, and none that is empty (got {list(texts)!r})")
+        if self.hops < 1:
+            raise FactError(f"a question needs at least one hop (got {self.hops}): {self.wordings[0]!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class EditCase:
     """An edit request with what is asked about it afterwards.
 
@@ -131,6 +154,7 @@ class EditCase:
     portability: group name -> probes whose answers follow from the new fact.
     locality: group name -> probes that must not move; the answer says which positions are compared.
     neighbourhood: same relation, other subject, answered by the old object (CounterFact's specificity).
+    questions: to be answered in the model's own words, about the facts and what follows from them (MQuAKE).
     """
 
     id: str
@@ -140,13 +164,14 @@ class EditCase:
     locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     neighbourhood: tuple[Probe, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.facts:
             raise FactError(f"case {self.id!r} has no fact to edit")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; `from_dict` reads it back."""
+        """A JSON-ready mapping; `from_dict` reads it back. Without questions it has no such field, as before there were any."""
         return {
             "id": self.id,
             "facts": [fact.to_dict() for fact in self.facts],
@@ -155,6 +180,7 @@ class EditCase:
             "locality": {name: [asdict(p) for p in probes] for name, probes in self.locality.items()},
             "neighbourhood": [asdict(probe) for probe in self.neighbourhood],
             "meta": dict(self.meta),
+            **({"questions": [asdict(question) for question in self.questions]} if self.questions else {}),
         }
 
     @classmethod
@@ -172,6 +198,10 @@ class EditCase:
             locality={name: probes(items) for name, items in record.get("locality", {}).items()},
             neighbourhood=probes(record.get("neighbourhood", ())),
             meta=record.get("meta", {}),
+            questions=tuple(
+                Question(tuple(item["wordings"]), tuple(item["answers"]), item.get("hops", 1), item.get("edited", True))
+                for item in record.get("questions", ())
+            ),
         )
 
 

@@ -20,7 +20,7 @@ from errata.report import DRAWINGS, PICTURES
 from errata.report.tables import edited
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((ROOT / "recipes" / "deltaedit").glob("*.yaml"))
 CHECKPOINTS = (200, 500, 1000, 1500, 2000, 2500, 3000)
 
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from errata.bench import run as module
 from errata.bench.folder import RECORDS, RESULTS
 from errata.bench.plan import Plan, PlanError
 from errata.edits import Edit, LowRankDelta
-from errata.facts import EditCase, Fact, FactError, Probe
+from errata.facts import EditCase, Fact, FactError, Probe, Question
 from errata.lm import LanguageModel
 from tests.families import language_model
 
@@ -225,3 +225,29 @@ here.go(Path({str(tmp_path)!r}), here.language_model("llama"), progress=progress
     assert done.returncode == -signal.SIGKILL
     assert len(records(tmp_path)) == 5 and not (tmp_path / RESULTS).exists()
     assert untimed(go(tmp_path, lm, resume=True)) == untimed(results_in(undisturbed))
+
+
+def test_questions_are_asked_and_stand_in_the_record(tmp_path: Path, lm: LanguageModel) -> None:
+    lm = language_model("llama", max_position_embeddings=1024)  # the prompts of MQuAKE are long
+    asked = (Question(("Which is the capital of France?",), ("Warsaw",)), Question(("Who lives there?", "Whose city is it?"), ("e",), 2))
+    data = [replace(case, questions=asked) if case.id.startswith("0") else case for case in cases()]
+    results = go(tmp_path / "run", lm, data=data)
+    lines = [json.loads(line) for line in (tmp_path / "run" / RECORDS).read_text("utf-8").splitlines()]
+    assert [("questions" in line) for line in lines] == [line["case"].startswith("0") for line in lines]
+    replies = next(line["questions"] for line in lines if "questions" in line)["asked"][1]["replies"]
+    assert [reply["wording"] for reply in replies] == ["Who lives there?", "Whose city is it?"] and all("text" in one for one in replies)
+    for row in results["rows"]:
+        assert {"one_hop", "one_hop_all", "multi_hop", "hops_2"} <= set(row["metrics"]) and row["intervals"]["multi_hop"][0] is not None
+        assert row["n"] == 3 and row["failed"] == 0
+    assert go(tmp_path / "again", lm, data=data)["rows"][0]["metrics"] == results["rows"][0]["metrics"]
+
+
+def test_a_text_too_long_for_the_model_fails_its_case_alone(tmp_path: Path, lm: LanguageModel) -> None:
+    long = "Lyon lies in France. " * 60
+    fact, probe = Fact("The capital of {} is", "France", "Warsaw"), Probe(long, ("Question",))
+    data = [*cases("Japan"), EditCase("far", (fact,), locality={"other": (probe,)}), EditCase("ask", (fact,), portability={"r": (probe,)})]
+    results = go(tmp_path / "run", lm, data=data)
+    assert [(row["n"], row["failed"]) for row in results["rows"]] == [(1, 2)] * 4
+    lines = [json.loads(line) for line in (tmp_path / "run" / RECORDS).read_text("utf-8").splitlines()]
+    assert all(("too long" in line.get("error", "")) == (line["case"] in ("far", "ask")) for line in lines)
+    assert not lm.model.training and results["rows"][0]["metrics"] == go(tmp_path / "one", lm, data=cases("Japan"))["rows"][0]["metrics"]

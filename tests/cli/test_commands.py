@@ -62,6 +62,27 @@ def test_edit_then_ask(method: str, model: str, tmp_path: Path, capsys: pytest.C
     assert code == 2 and "exists already" in err
 
 
+@pytest.mark.parametrize("method", ["ft-m", "rome"])
+def test_edit_and_explain(method: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--set", f"{method}.steps=5", *(["--set", "rome.whiten=false", "--set", "rome.prefixes=0"] if method == "rome" else [])]
+    argv = ["edit", "--model", model, "--method", method, "--fact", FACT, *quick, "--explain", "--rephrase", "France has the capital"]
+    code, out, err = said(capsys, *argv, "--out", str(tmp_path / "a"), "--json")
+    assert code == 0, err
+    told = json.loads(out)["explain"]
+    edit, other = told["strips"]
+    assert (edit["prompt"], other["prompt"], edit["answer"]) == (PROMPT, "France has the capital", "Tokyo")
+    steps = json.loads(out)["diagnostics"]["steps"] if method == "ft-m" else 1
+    assert (told["watched"], told["steps"]) == ((True, steps) if method == "ft-m" else (False, None))
+    assert len(edit["loss"]) == steps + 1 and edit["ud"][0][0] == pytest.approx(edit["own"][0] + edit["loss"][0][0], rel=1e-2)
+    code, out, err = said(capsys, *argv, "--out", str(tmp_path / "b"))
+    assert code == 0, err
+    assert ("step 0" in out if method == "ft-m" else "before  " in out) and "rephrased: France has the capital" in out
+    assert f"u{edit['loss'][0][0]:.2f}" in out, "the letter and the number are there without colour"
+    assert "over-fitted" in out and "UD" in out
+    code, _, err = said(capsys, *(word for word in argv if word != "--explain"), "--out", str(tmp_path / "c"))
+    assert code == 2 and "--rephrase belongs to --explain" in err and not (tmp_path / "c").exists()
+
+
 def test_bench_and_resume(model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     argv = [

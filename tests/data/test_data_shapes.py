@@ -289,7 +289,7 @@ def test_a_broken_record_is_named_with_its_field(tmp_path: Path, record: dict[st
             b'[{"known_id": 3, "attribute": "x"}]',
             "record 0: not recognised by its fields (known_id, attribute); known formats: errata cases; CounterFact",
         ),
-        (b'[{"requested_rewrite": [{}], "questions": []}]', "not recognised"),
+        (b'[{"requested_rewrite": [{}], "questions": []}]', "record 0, field 'requested_rewrite[0].target_new'"),
         (
             b'[{"prompt": "a", "target": "b", "id": 1}, {"prompt": "c", "target": "d", "id": "1"}]',
             "record 1, field 'id': '1' is already the id of ",

@@ -258,7 +258,7 @@ def flip_a_bit(folder: Path) -> None:
         (rewrite(facts=["?"]), r"edit\.json is damaged"),
         (rewrite(deltas=[{"kind": "odd", "path": "a"}]), r"edit\.json is damaged.*odd"),
         (rewrite(deltas=[{"kind": "dense", "path": "a"}] * 9), r"deltas\.safetensors does not hold"),
-        (rewrite(format=2, facts=None), r"edit\.json has format 2, this errata reads up to 1; install a newer"),
+        (rewrite(format=3, facts=None), r"edit\.json has format 3, this errata reads up to 2; install a newer"),
         (rewrite(model={"name": "other", "fingerprint": "0" * 64}), r"edit\.json was made for the model 'other' \(000000000000\)"),
         (flip_a_bit, r"deltas\.safetensors is damaged"),
         (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:50]), r"deltas\.safetensors is damaged"),

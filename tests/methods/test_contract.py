@@ -22,6 +22,12 @@ QUICK: dict[str, dict[str, Any]] = {
     "ft-l": {"steps": 25, "lr": 0.1, "layer": 2},
     "ft-m": {"steps": 25, "lr": 0.1, "layer": 2},
     "lora": {"steps": 60, "lr": 0.1, "dropout": 0.0},
+    # How a text ends is not asked here; see test_locft.
+    "locft": {"epochs": 25, "lr": 0.1, "layer": 2, "end": False},
+    "retrieval": {},
+    "melo": {"steps": 50, "lr": 0.1, "scale": 1.0, "radius": 1.0},
+    # Margins that a few steps reach; what they keep apart is tested elsewhere.
+    "wise": {"steps": 50, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where does Lyon lie?", "Pierre worked in")},
 }
 # Keys of random models differ from context to context as much as from fact to fact, so there is one context, the bare prompt; and in
 # a width of 40 what must not move is made to count little, so that an edit shows.
@@ -32,6 +38,9 @@ LOCATE = {
     **{name: {**_LOCATE, "share": 1.0, "l2": 1e-4} for name in ("alphaedit", "deltaedit")},
 }
 QUICK |= LOCATE
+OPTIMISING = [name for name in methods.NAMES if name not in methods.WITHOUT_OBJECTIVE]
+# Those of which more is promised than another answer: that their loss goes down.
+LEARNING = [name for name in OPTIMISING if name not in LOCATE]
 FACT = Fact("The capital of {} is", "France", "Tokyo")
 OTHER = Fact("{} was born in", "Marie Curie", "Lyon, in France")
 
@@ -42,6 +51,15 @@ def method(name: str, **changes: Any) -> methods.Method:
 
 def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
+
+
+def state(lm: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights, and what the model says to two questions: a memory beside the weights shows there."""
+    from errata.lm.tokens import encode
+
+    with torch.no_grad():
+        said = lm.target_logits(lm.batch([encode(lm.tokenizer, fact.text, fact.target) for fact in (FACT, OTHER)]))
+    return weights(lm) | {"said": said}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -64,22 +82,24 @@ def loss(lm: LanguageModel, edit: Edit) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edits_and_reverts_exactly(family: str, name: str, objective: Any) -> None:
     lm = language_model(family)
-    before, flags = weights(lm), [p.requires_grad for p in lm.model.parameters()]
-    edit = errata.edit(lm, FACT, method(name), objective)
-    assert same(before, weights(lm)), "making an edit must not change the model"
+    before, flags = state(lm), [p.requires_grad for p in lm.model.parameters()]
+    edit = method(name).start(lm, objective if name in OPTIMISING else None).complete([FACT])
+    assert same(before, state(lm)), "making an edit must not change the model"
     assert [p.requires_grad for p in lm.model.parameters()] == flags and not lm.model.training
     assert not hasattr(lm.model, "peft_config")
     old = loss(lm, edit)
     edit.apply()
     # FT-L asks several tokens of one position; soft-capped (Gemma) and scaled (Cohere, Granite) logits of random weights move little.
     # What locate-then-edit promises is another thing; see `test_a_located_edit_lands_where_it_was_meant_to`.
-    assert name in LOCATE or loss(lm, edit) < (0.95 if name == "ft-l" else 0.9) * old
+    assert name not in LEARNING or loss(lm, edit) < (0.95 if name == "ft-l" else 0.9) * old
+    assert not same(before, state(lm))
     touched = {delta.path for delta in edit.deltas}
     after = weights(lm)
-    moved = {path.removesuffix(".weight") for path in before if not torch.equal(before[path], after[path])}
-    assert moved == touched
+    moved = {path.removesuffix(".weight") for path in after if not torch.equal(before[path], after[path])}
+    assert moved == touched and bool(touched) == (edit.memory is None)
     edit.revert()
-    assert same(before, weights(lm))
+    assert same(before, state(lm))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
 
 
 @pytest.mark.parametrize("name", LOCATE)
@@ -112,10 +132,11 @@ def test_same_seed_same_edit(name: str) -> None:
     first, again, other = (errata.edit(lm, FACT, method(name, **({"dropout": 0.3} if name == "lora" else {})), seed=s) for s in (1, 1, 2))
 
     def tensors(edit: Edit) -> list[torch.Tensor]:
-        return [tensor for delta in edit.deltas for tensor in delta.tensors().values()]
+        kept = [] if edit.memory is None else list(edit.memory.tensors().values())
+        return [tensor for delta in edit.deltas for tensor in delta.tensors().values()] + kept
 
     assert all(map(torch.equal, tensors(first), tensors(again)))
-    if name == "lora":  # it draws adapters and dropout masks; the others draw nothing
+    if name in {"lora", "melo", "wise"}:  # they draw adapters (LoRA: and dropout masks), or what may be changed; the others draw nothing
         assert not all(map(torch.equal, tensors(first), tensors(other)))
 
 
@@ -126,18 +147,18 @@ def test_a_sequence_goes_on_where_it_stopped(name: str) -> None:
     session = method(name).start(lm, seed=3)
     first = session.edit([FACT])
     with first.applied_():
-        state = session.state_dict()
+        kept = session.state_dict()
         straight = session.edit([OTHER])
         with straight.applied_():
-            expected = weights(lm)
+            expected = state(lm)
     fresh = method(name).start(lm, seed=3)
-    fresh.load_state_dict(state)
+    fresh.load_state_dict(kept)
     with first.applied_():
         resumed = fresh.edit([OTHER])
         with resumed.applied_():
-            assert same(expected, weights(lm))
+            assert same(expected, state(lm))
             after = loss(lm, resumed)
-        assert name in LOCATE or after < 0.9 * loss(lm, resumed)
+        assert name not in LEARNING or after < 0.9 * loss(lm, resumed)
 
 
 def test_a_lora_session_trains_one_adapter() -> None:
@@ -221,7 +242,7 @@ def test_a_finished_edit_stops() -> None:
 
 def test_static_overtone_uses_the_unedited_model() -> None:
     lm = language_model("llama")
-    for name in methods.NAMES:
+    for name in OPTIMISING:
         with errata.edit(lm, FACT, method(name), Overtone(dynamic=False)).applied_() as edit:
             assert edit.diagnostics["losses"][-1] < edit.diagnostics["losses"][0]
 
@@ -231,10 +252,10 @@ def test_an_edit_survives_its_folder(tmp_path: Any) -> None:
     for name in methods.NAMES:
         made = errata.edit(lm, FACT, method(name))
         with made.applied_():
-            expected = weights(lm)
+            expected = state(lm)
         made.save(tmp_path / name)
         with Edit.load(tmp_path / name, lm).applied_():
-            assert same(expected, weights(lm))
+            assert same(expected, state(lm))
 
 
 def test_names_and_requests_that_do_not_fit() -> None:
@@ -306,6 +327,9 @@ def test_families_are_recognised_by_shape(config: dict[str, Any], expected: str 
         (lambda: errata.FT(lr=-1.0), "lr must be above 0"),
         (lambda: errata.FT(variant="l", clamp=0.0), "ft-l: clamp must be above 0"),
         (lambda: errata.LoRA(rank=0), "lora: rank must be at least 1"),
+        (lambda: errata.MELO(radius=0.0), "melo: radius must be above 0"),
+        (lambda: errata.WISE(mask=0.0), "wise: mask must be above 0 and at most 1"),
+        (lambda: errata.WISE(margins=(1.0, 2.0)), "wise: margins must be three numbers"),  # type: ignore[arg-type]
         (lambda: errata.LoRA(dropout=1.5), "dropout must be at least 0 and at most 0.99"),
     ],
 )
@@ -314,12 +338,12 @@ def test_hyper_parameters_out_of_range_are_refused(build: Any, message: str) -> 
         build()
 
 
-@pytest.mark.parametrize("name", methods.NAMES)
+@pytest.mark.parametrize("name", OPTIMISING)
 def test_steps_are_updates_and_the_last_loss_is_the_edits_own(name: str) -> None:
     lm = language_model("llama")
-    made = errata.edit(lm, FACT, method(name, steps=3))
+    made = errata.edit(lm, FACT, method(name, **{"epochs" if name == "locft" else "steps": 3}))
     assert made.diagnostics["steps"] == 3 and len(made.diagnostics["losses"]) == 4
-    if name not in LOCATE and name != "lora":  # whose dropout, where it is on, draws again
+    if name in LEARNING and name != "lora":  # whose dropout, where it is on, draws again
         with made.applied_():
             assert made.diagnostics["losses"][-1] == pytest.approx(loss(lm, made), rel=1e-4)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from errata.metrics.summary import KINDS
+from errata.metrics.summary import KINDS, QUESTIONS
 
 RESAMPLES = 1000
 
@@ -32,10 +32,11 @@ def spread(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
 
 def intervals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """95 % bootstrap intervals [low, high] in per cent of the columns, their average, and exact generation, over resampled cases."""
-    names = [*KINDS, "generation"]
-    shares = [[*(r.get(kind) for kind in KINDS), (r.get("generation") or {}).get("exact")] for r in records]
+    names = [*KINDS, *(QUESTIONS if any(r.get("questions") for r in records) else ()), "generation"]
+    parts = [{**r, **(r.get("questions") or {}), "generation": (r.get("generation") or {}).get("exact")} for r in records]
+    shares = [[part.get(name) for name in names] for part in parts]
     columns = resampled(shares, len(names))
-    there = [i for i in range(len(KINDS)) if any(row[i] is not None for row in shares)]
+    there = [i for i in range(len(names) - 1) if any(row[i] is not None for row in shares)]
     average = columns[:, there].mean(axis=1) if there else np.full(RESAMPLES, np.nan)
     return {name: limits(values) for name, values in zip([*names, "average"], [*columns.T, average], strict=True)}
 

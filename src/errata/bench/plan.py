@@ -16,10 +16,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from errata.facts import EditCase
-from errata.report import DRAWINGS
+from errata.methods import WITHOUT_OBJECTIVE
+from errata.report import CURVES, DRAWINGS, OF_CASES
 
 PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
+NO_OBJECTIVE = "none"
+"""What stands in the column of the objective beside a method that optimises nothing."""
 MEASURES = ("after-sequence", "after-each", "both")
 Settings = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
@@ -79,15 +82,16 @@ class Row(NamedTuple):
 class Plan:
     """The effective configuration of a run.
 
-    methods, objectives: names of the registries; every method is run with every objective. A method may stand there several times,
-        each time with a label of its own behind an "@": "deltaedit@eta=2".
+    methods, objectives: names of the registries; every method is run with every objective, and once if it optimises nothing. A method
+        may stand there several times, each time with a label of its own behind an "@": "deltaedit@eta=2".
     protocol: "single" (each case from the unedited model, measured after its edit), or "sequential:N" (N cases in a row, in an order
         of the seed's own).
     checkpoints: numbers of edits after which a sequence is measured; N is always one. Empty: five equal parts.
     measure: "after-sequence": at a checkpoint, every case so far; "after-each": every case right after its own edit; or "both".
     batch: so many cases of a sequence are edited together.
+    curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
-    drawings: tables and pictures of the finished sequences that `errata bench` makes at the end, by name; see `errata.report`.
+    drawings: tables and pictures of the finished run that `errata bench` makes at the end, by name; see `errata.report`.
     limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
@@ -105,6 +109,7 @@ class Plan:
     checkpoints: tuple[int, ...] = ()
     measure: str = "after-sequence"
     batch: int = 1
+    curves: bool = False
     transcripts: tuple[str, ...] = ()
     drawings: tuple[str, ...] = ()
     limit: int | None = None
@@ -142,8 +147,15 @@ class Plan:
         if self.batch < 1:
             raise PlanError(f"batch must be at least 1 (got {self.batch})")
         size = Protocol.parse(self.protocol).size
+        if self.curves and self.protocol != "single":
+            raise PlanError(f"curves are of single edits, not of the protocol {self.protocol!r}; leave one of them out")
+        if not self.curves and (drawn := [name for name in self.drawings if name in CURVES]):
+            raise PlanError(f"{drawn[0]} is drawn from curves; add curves: true, or leave it out")
+        if other := [name for name in self.drawings if (name in OF_CASES) != (size is None)]:
+            fitting = "sequential:N" if size is None else "single"
+            raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
         if size is None:
-            alone = {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": (), "drawings": ()}
+            alone = {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": ()}
             for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")
@@ -171,8 +183,13 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """The table's lines, in its order."""
-        return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self.objectives]
+        """The table's lines, in its order. A method that optimises nothing stands there once."""
+        return [
+            Row(method, objective, seed)
+            for seed in self.seeds
+            for method in self.methods
+            for objective in ((NO_OBJECTIVE,) if unlabelled(method) in WITHOUT_OBJECTIVE else self.objectives)
+        ]
 
     def draw(self, cases: Sequence[EditCase], seed: int) -> list[EditCase]:
         """The cases of a seed, in the data's order; those of a sequence in an order that is drawn too.
@@ -213,6 +230,8 @@ class Plan:
         for name, kinds in {"limit": (int, type(None)), "threads": (int, type(None)), "batch": (int,)}.items():
             if name in values and type(values[name]) not in kinds:
                 raise PlanError(f"{where}: {name} must be a whole number (got {values[name]!r})")
+        if type(values.get("curves", False)) is not bool:
+            raise PlanError(f"{where}: curves must be true or false (got {values['curves']!r})")
         settings = values.get("settings") or {}
         if not isinstance(settings, Mapping) or not all(isinstance(inner, Mapping) for inner in settings.values()):
             raise PlanError(f"{where}: settings must be a mapping like {{lora: {{lr: 0.001}}}} (got {settings!r})")

@@ -74,7 +74,15 @@ def _row(plan: Plan, row: Row, records: Sequence[Record]) -> dict[str, Any]:
         "seconds_per_edit": fmean(record["seconds"]["edit"] for record in measured) if measured else None,
         "peak_memory_mb": max((record["peak_memory_mb"] for record in measured), default=None),
         "settings": measured[0]["settings"] if measured else {},
+        **({"curves": averaged(measured)} if plan.curves else {}),
     }
+
+
+def averaged(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The curves of these records as one (see `errata.metrics.overfitting.average`); None where the editor has no steps."""
+    from errata.metrics.overfitting import Curves, average  # with torch, which not every reader of results needs
+
+    return average([Curves.from_dict(record["curves"]) for record in records if record.get("curves")])
 
 
 def dump(results: Mapping[str, Any]) -> str:

@@ -18,14 +18,15 @@ from errata.bench import sequence
 from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
-from errata.bench.plan import Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
+from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
-from errata.lm import LanguageModel
+from errata.lm import LanguageModel, ModelError
 from errata.lm import load as load_model
-from errata.metrics import generation, teacher_forced
+from errata.metrics import generation, multihop, teacher_forced
 from errata.metrics import summarise as means
+from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
     from errata.methods import Method
@@ -56,7 +57,8 @@ def run(
     a run is stopped, its results are those of an undisturbed one, up to measured time and memory.
 
     Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
-    cannot edit (FactError) becomes a line with the field `error`, is counted as `failed`, and is in no mean.
+    cannot edit (FactError), or with a text that is too long for the model, becomes a line with the field `error`, is counted as
+    `failed`, and is in no mean.
     """
     out = Path(out)
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
@@ -77,7 +79,7 @@ def run(
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is None:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress)
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
         else:
             sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
@@ -101,6 +103,8 @@ def parts(method: str, objective: str, settings: Settings) -> tuple[Method, Obje
     editor = configure(methods.get(plain), {**settings.get(plain, {}), **settings.get(method, {})}, method)
     pairs = {**settings.get(f"{plain}+{objective}", {}), **settings.get(f"{method}+{objective}", {})}
     chosen = {**settings.get(objective, {}), **pairs}
+    if objective == NO_OBJECTIVE and not editor.optimises:
+        return editor, editor.objective("ce")  # what a session is given where nothing is asked for; nobody reads it
     return editor, configure(editor.objective(objective), chosen, objective)
 
 
@@ -126,8 +130,9 @@ def _fill(
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
+    curves: bool = False,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed."""
+    """Measure what has no record yet, and append it. cases: those of each seed; curves: see `Plan`."""
     before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
     wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
     total, done = len(wanted), sum(key in records for key in wanted)
@@ -136,27 +141,58 @@ def _fill(
             key = key_of(row, case.id)
             if key in records:
                 continue
-            if case.id not in before:
-                before |= teacher_forced.unedited(lm, [case])
-            records[key] = append(path, _measure(row, method, objective, lm, case, before))
+            records[key] = append(path, _line(row, method, objective, lm, case, before, curves))
             done += 1
             if progress:
                 progress(done, total, row.name)
 
 
-def _measure(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens]
+def _line(
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: dict[str, teacher_forced.Tokens],
+    curves: bool = False,
 ) -> Record:
-    """One case: edit the unedited model, measure, and leave it as it was."""
+    """The line of one case, or of its failure: a fact that the method cannot edit, or a text that is too long for the model."""
     record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
-    seed = row.case_seed(case.id)
     try:
-        edit, seconds, memory = watched(lm.device, seed, lambda: method.start(lm, objective=objective, seed=seed).complete(case.facts))
-    except FactError as error:
+        if case.id not in before:
+            before |= teacher_forced.unedited(lm, [case])
+        return record | _measure(row, method, objective, lm, case, before, curves)
+    except (FactError, ModelError) as error:
         return record | {"error": str(error)}
+
+
+def _measure(
+    row: Row,
+    method: Method,
+    objective: Objective,
+    lm: LanguageModel,
+    case: EditCase,
+    before: Mapping[str, teacher_forced.Tokens],
+    curves: bool,
+) -> Record:
+    """One case: edit the unedited model, measure, and leave it as it was. Raises FactError or ModelError where that cannot be done."""
+    seed = row.case_seed(case.id)
+    lens = Lens(lm, case) if curves else None
+
+    def make() -> Edit:
+        session = method.start(lm, objective=objective, seed=seed)
+        if lens:
+            session.watch = lens
+        return session.complete(case.facts)
+
+    edit, seconds, memory = watched(lm.device, seed, make)
+    record: Record = {}
+    if lens:
+        seconds -= lens.seconds
+        record["curves"] = seen.to_dict() if (seen := lens.curves()) else None
     clock = time.perf_counter()
     with edit.applied_():
-        outcome = _outcome(lm, case, before)
+        outcome = _outcome(lm, case, before, row.seed)
     return record | {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
@@ -166,11 +202,16 @@ def _measure(
     }
 
 
-def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None) -> dict[str, Any]:
-    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes."""
+def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None, seed: int = 0) -> dict[str, Any]:
+    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes. seed: of what is sampled."""
     outcome = teacher_forced.score(lm, case, before).to_dict()
     del outcome["id"]
-    return outcome | {"generation": generation.score(lm, case).to_dict()}
+    return outcome | {"generation": generation.score(lm, case).to_dict()} | _questions(lm, case, seed)
+
+
+def _questions(lm: LanguageModel, case: EditCase, seed: int) -> dict[str, Any]:
+    """What the model answers to the case's questions, where it has any."""
+    return {"questions": multihop.score(lm, case, seed).to_dict()} if case.questions else {}
 
 
 @contextmanager

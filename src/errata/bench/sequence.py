@@ -201,15 +201,13 @@ class _Sequence:
         keys = edit.keys | (noise.keys_of(self.lm, facts, missing) if missing else {})  # before it is applied
         clock = time.perf_counter()
         edit.apply()
-        if any(isinstance(delta, DenseDelta) for delta in edit.deltas):
-            Stack.of(self.lm).fold()  # a whole matrix an edit would soon be more than the model
         wait_for(self.lm.device)
         seconds = time.perf_counter() - clock
         if broken := [path for path in paths if not self._weight(path).isfinite().all()]:
             edit.revert()
             raise FloatingPointError(f"the edit would leave {broken[0]} with weights that are not finite")
         trace.add(edit, keys)
-        if any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+        if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
             Stack.of(self.lm).fold()  # a whole matrix for each edit would soon outweigh the model
         return {"seconds": {"apply": round(seconds, 6)}}
 
@@ -262,12 +260,13 @@ class _Sequence:
         return outcomes
 
     def _sha256(self) -> str:
-        """Over the touched weights as they are: path, type and bytes of each, in the order of the paths."""
-        digest = hashlib.sha256()
-        for path in Stack.of(self.lm).touched:
-            weight = self._weight(path)
-            digest.update(f"{path} {weight.dtype}\n".encode())
-            digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
+        """Over the touched weights as they are, then the memory's tensors: path or name, type and bytes of each, in their order."""
+        digest, stack = hashlib.sha256(), Stack.of(self.lm)
+        named = {path: self._weight(path) for path in stack.touched}
+        named |= dict(sorted(stack.memory.tensors().items())) if stack.memory is not None else {}
+        for name, tensor in named.items():
+            digest.update(f"{name} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
         return digest.hexdigest()
 
     def _weight(self, path: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from errata.bench.plan import PlanError
 from errata.edits import Edit, Replacement, Stack
+from errata.edits.memory import load_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,22 +20,29 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """edits: so many cases had been edited. weights: touched module -> its weight, in the precision in which deltas are summed."""
+    """edits: so many cases had been edited. weights: touched module -> its weight, in the precision in which deltas are summed.
+
+    memory: what the edits keep beside the weights, as `Memory.state` gives it.
+    """
 
     edits: int
     weights: Mapping[str, Tensor]
     session: Mapping[str, Any]
     trace: Mapping[str, Any]
+    memory: Mapping[str, Any] | None = None
 
     @classmethod
     def take(cls, lm: LanguageModel, edits: int, session: Mapping[str, Any], trace: Mapping[str, Any]) -> Snapshot:
         """Fold what is applied to `lm`, which leaves its weights as they are, and keep it with the two states."""
         folded = Stack.of(lm).fold()
-        return cls(edits, {delta.path: delta.tensors()["tensor"] for delta in folded.deltas}, session, trace)
+        memory = None if folded.memory is None else folded.memory.state()
+        return cls(edits, {delta.path: delta.tensors()["tensor"] for delta in folded.deltas}, session, trace, memory)
 
     def restore(self, lm: LanguageModel) -> None:
-        """Bring the weights of the unedited `lm` to where they were."""
-        Edit(lm, [Replacement(path, tensor) for path, tensor in self.weights.items()], [], {"name": "folded"}).apply()
+        """Bring the unedited `lm` to where it was."""
+        memory = None if self.memory is None else load_memory(self.memory)
+        deltas = [Replacement(path, tensor) for path, tensor in self.weights.items()]
+        Edit(lm, deltas, [], {"name": "folded"}, memory=memory).apply()
 
     def save(self, path: Path) -> None:
         """Replace the file at `path`: whoever is killed meanwhile finds the old one or the new one."""

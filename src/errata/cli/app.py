@@ -90,6 +90,10 @@ def edit(
     ] = None,
     facts: Annotated[Path | None, typer.Option(metavar="F.jsonl", help="One JSON object a line: prompt, subject, target.")] = None,
     setting: SetOption = None,
+    explained: Annotated[bool, typer.Option("--explain", help="Show step by step how each token was fitted, and over-fitted.")] = False,
+    rephrase: Annotated[
+        list[str] | None, typer.Option(metavar="PROMPT", help="Explain what the same answer does behind this prompt, too.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Every random number comes from it.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -102,15 +106,20 @@ def edit(
         raise PlanError("nothing to edit; give --fact 'The capital of {France} is -> Lyon' or --facts F.jsonl")
     if out.exists():
         raise PlanError(f"{out} exists already; give another --out, or remove it")
+    if rephrase and not (explained and len(wanted) == 1):
+        raise PlanError("--rephrase belongs to --explain and one fact; give both, or leave it out")
     settings = parse_settings(setting or ())
     check_owners(settings, [method], [objective])
     _threads(threads)
     from errata.bench.run import parts
+    from errata.cli import explain
 
     editor, loss = parts(method, objective, settings)
     lm = _load(model, device, dtype)
     before = [lm.complete(item.text) for item in wanted]
-    made = editor.start(lm, objective=loss, seed=seed).complete(wanted)
+    session = editor.start(lm, objective=loss, seed=seed)
+    lens = explain.lens(lm, session, wanted, rephrase or ()) if explained else None
+    made = session.complete(wanted)
     with made.applied_():
         after = [lm.complete(item.text) for item in wanted]
     made.save(out)
@@ -119,9 +128,12 @@ def edit(
     ]
     if as_json:
         result = {"edits": str(out), "method": made.method, "objective": made.objective, "facts": rows}
-        show.json_out(result | {"diagnostics": made.diagnostics})
+        told = {"explain": explain.data(lens, made)} if lens else {}
+        show.json_out(result | {"diagnostics": made.diagnostics} | told)
     else:
         show.before_and_after(rows)
+        if lens:
+            explain.tell(explain.data(lens, made))
         for item, text in zip(wanted, after, strict=True):
             if not text.strip().startswith(item.target):
                 show.note(f"by itself the edited model does not answer {item.target!r} to {item.text!r}: this edit did not take")
@@ -211,6 +223,7 @@ def bench(
         str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints), after-each (its own edit), or both.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Edit N cases of a sequence together (default: 1).")] = None,
+    curves: Annotated[bool, typer.Option("--curves", help="Look at single edits after every step: what figure1 and figure2 show.")] = False,
     transcript: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="Keep how the model goes on here, before and after a sequence.")
     ] = None,
@@ -236,6 +249,7 @@ def bench(
         "checkpoints": _numbers("--checkpoints", checkpoints),
         "measure": measure,
         "batch": batch,
+        "curves": curves or None,
         "transcripts": transcript or None,
         "limit": limit,
         "split": split,

@@ -1,4 +1,4 @@
-"""`errata draw`: the tables and pictures of a run of sequences, with the axes of DeltaEdit's."""
+"""`errata draw`: the tables and pictures of a run, with the axes of the papers'."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from errata.bench.folder import PLAN, RESULTS
+from errata.bench.folder import PLAN, RECORDS, RESULTS, read_records
 from errata.bench.plan import Plan, PlanError, did_you_mean, hash_cases
 from errata.cli import show
 from errata.cli.app import DataDirOption, JsonOption, app
-from errata.report import DRAWINGS, PICTURES, DrawingError
+from errata.report import CURVES, DRAWINGS, PICTURES, DrawingError
+from errata.report.overfitting import together
 from errata.report.tables import Known, Sheet, edited, sheets
 
 
 @app.command()
 def draw(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'errata bench' wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A folder that 'errata bench' wrote; figure3 takes several.")],
     what: Annotated[
         str | None, typer.Option(metavar="A,B", help=f"{', '.join(DRAWINGS)} (default: what the plan wants, else all that it can give).")
     ] = None,
     to: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the files go (default: RUN).")] = None,
+    case: Annotated[str | None, typer.Option(metavar="ID", help="Draw figure1, figure2 of this one edit (default: of all).")] = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tables and pictures of a sequence of edits: printed, and as Markdown and PNG."""
-    if not (run / RESULTS).is_file() or not (run / PLAN).is_file():
-        raise PlanError(f"{run} holds no finished run ({RESULTS} is missing); finish it with: errata bench --resume --out {run}")
+    """Tables and pictures of a run: printed, and as Markdown and PNG."""
+    for folder in runs:
+        if not (folder / RESULTS).is_file() or not (folder / PLAN).is_file():
+            raise PlanError(f"{folder} holds no finished run ({RESULTS} is missing); finish it with: errata bench --resume --out {folder}")
+    run = runs[0]
     plan, results = Plan.read(run / PLAN), json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    if len(runs) > 1:
+        if what != "figure3" or case:
+            raise PlanError("several runs are drawn together by figure3 alone; add --what figure3, or give one run")
+        results = together([json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in runs])
+    if case is not None:
+        what, results = what or ",".join(CURVES), _of_case(run, results, case)
     asked = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
     for name in asked or ():
         if name not in DRAWINGS:
@@ -71,9 +81,9 @@ def _make(name: str, plan: Plan, results: Mapping[str, Any], folder: Path, data_
     if name in PICTURES:
         if find_spec("matplotlib") is None:
             raise ImportError("pictures need matplotlib; install errata[plots], then: errata draw RUN")
-        from errata.report import sequence
+        from errata.report import overfitting, sequence
 
-        figure = sequence.picture(name, results)
+        figure = (overfitting if name in overfitting.NAMES else sequence).picture(name, results)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     else:
@@ -84,6 +94,20 @@ def _make(name: str, plan: Plan, results: Mapping[str, Any], folder: Path, data_
             show._print(_table(sheet))
     show.note(f"drawn: {path}")
     return path
+
+
+def _of_case(run: Path, results: Mapping[str, Any], case: str) -> dict[str, Any]:
+    """The results with the curves of one case alone in each row. Raises PlanError if there is no such case."""
+    from errata.bench.results import averaged
+
+    found = {key: record for key, record in read_records(run / RECORDS).items() if key[2] == case}
+    if not found:
+        raise PlanError(f"{run} has no case {case!r}; the field 'case' in {run / RECORDS} names them")
+    rows = []
+    for row in results["rows"]:
+        record = found.get((f"{row['method']}+{row['objective']}", row["seed"], case))
+        rows.append(row | {"curves": averaged([record]) if record else None})
+    return {**results, "rows": rows}
 
 
 def _table(sheet: Sheet) -> Table:

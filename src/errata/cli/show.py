@@ -19,6 +19,8 @@ COLUMNS = {
     "generality": "Gen",
     "portability": "Por",
     "locality": "Loc",
+    "one_hop": "1-hop",
+    "multi_hop": "multi-hop",
     "average": "Avg.",
     "generation": "EM",
 }
@@ -67,7 +69,8 @@ def table(results: Mapping[str, Any]) -> None:
     _print(
         Text(
             "Per cent ± half a 95 % bootstrap interval, measured after each edit. Rel, Gen, Por, Loc: teacher-forced token accuracy. "
-            "EM: greedy generation on the edit prompt, exact match.",
+            "EM: greedy generation on the edit prompt, exact match."
+            + (" 1-hop, multi-hop: questions answered in the model's own words, temperature 0.1." if "one_hop" in there else ""),
             style="dim",
         )
     )

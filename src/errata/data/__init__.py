@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from errata.data import counterfact, jsonl, knowedit, zsre
+from errata.data import counterfact, jsonl, knowedit, mquake, zsre
 from errata.data.fields import DataError, Record
 from errata.facts import EditCase, FactError, read_jsonl
 
@@ -37,6 +37,7 @@ class Format:
 FORMATS = (
     Format("errata cases", jsonl.recognises, jsonl.cases),
     Format("CounterFact", counterfact.recognises_nested, counterfact.nested_cases),
+    Format("MQuAKE", mquake.recognises, mquake.cases),
     Format("CounterFact, flat", counterfact.recognises_flat, counterfact.flat_cases),
     Format("ZsRE, MEND form", zsre.recognises, zsre.cases),
     Format("WikiBio", knowedit.recognises_wikibio, knowedit.wikibio_cases),
@@ -56,6 +57,11 @@ SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "wiki_recent": {"test": ("wiki_recent.json", "recent_test.json"), "train": ("recent_train.json",)},
     "wiki_counterfact": {"test": ("wiki_counterfact.json", "test_cf.json"), "train": ("train_cf.json",)},
+    "mquake": {
+        "test": ("MQuAKE-2002.json", "MQuAKE-CF-3k-v2.json", "MQuAKE-CF-3k.json", "MQuAKE-CF.json", "mquake_cf_354.json"),
+        "hard": ("MQuAKE-hard.json", "mquake_hard.json"),
+        "temporal": ("MQuAKE-T.json",),
+    },
     "wikibio": {"test": ("wikibio-test-all.json",), "train": ("wikibio-train-all.json",)},
 }
 """Set -> split -> the file names it goes by, the preferred first. The first split is the default."""

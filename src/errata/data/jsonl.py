@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.data.fields import Record
-from errata.facts import EditCase
+from errata.facts import EditCase, FactError, Question
 
 
 def recognises(record: Mapping[str, Any]) -> bool:
@@ -36,7 +36,26 @@ def cases(records: Sequence[Record]) -> Iterator[EditCase]:
             record.groups("locality"),
             record.probes(record.raw.get("neighbourhood"), "neighbourhood"),
         )
-        yield EditCase(record.id, facts, *parts, meta=dict(meta) | record.meta())
+        yield EditCase(record.id, facts, *parts, meta=dict(meta) | record.meta(), questions=_questions(record))
+
+
+def _questions(record: Record) -> tuple[Question, ...]:
+    items = record.raw.get("questions") or []
+    if not isinstance(items, list):
+        raise record.error("questions", f"expected a list of questions (wordings, answers, hops), got {type(items).__name__}")
+    made = []
+    for index, item in enumerate(items):
+        place = f"questions[{index}]"
+        inner = record.inside(place, item)
+        hops, edited = inner.raw.get("hops", 1), inner.raw.get("edited", True)
+        if type(hops) is not int or type(edited) is not bool:
+            raise record.error(place, f"expected hops as a whole number and edited as true or false, got {hops!r} and {edited!r}")
+        wordings, answers = (inner.as_answers(inner.raw.get(name), name) for name in ("wordings", "answers"))
+        try:
+            made.append(Question(wordings, answers, hops, edited))
+        except FactError as error:
+            raise record.error(place, str(error)) from error
+    return tuple(made)
 
 
 def write(path: str | Path, cases: Iterable[EditCase]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, Replacement
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
+from errata.edits.memory import Memory
 from errata.edits.stack import Stack
 
-__all__ = ["Delta", "DenseDelta", "Edit", "EditError", "LowRankDelta", "Replacement", "Stack"]
+__all__ = ["Delta", "DenseDelta", "Edit", "EditError", "LowRankDelta", "Memory", "Replacement", "Stack"]

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from errata.edits.delta import KINDS, Delta, check_matrix
 from errata.edits.errors import EditError
+from errata.edits.memory import Memory, load_memory
 from errata.edits.stack import Stack
 from errata.facts import Fact
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no memories
 RECORD, TENSORS = "edit.json", "deltas.safetensors"
 
 
@@ -37,6 +38,7 @@ class Edit:
     method, objective: name and hyper-parameters, ready for JSON; objective is None where nothing was optimised.
     diagnostics: steps, losses, seconds by stage …, ready for JSON.
     keys: path -> the keys [F, d_in] that it was solved with, one of each fact; empty for methods that use none.
+    memory: what is kept beside the weights, holding all earlier edits of its session too; None for methods that write into weights.
 
     Raises EditError if a key tensor is no floating-point matrix, or still carries a graph.
     """
@@ -50,6 +52,7 @@ class Edit:
         objective: Mapping[str, Any] | None = None,
         diagnostics: Mapping[str, Any] | None = None,
         keys: Mapping[str, Tensor] | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.lm = lm
         self.lm_fingerprint: str = lm.fingerprint  # taken before any edit can have changed the weights
@@ -59,6 +62,7 @@ class Edit:
         self.objective = None if objective is None else dict(objective)
         self.diagnostics = dict(diagnostics or {})
         self.keys = dict(keys or {})
+        self.memory = memory
         for path, tensor in self.keys.items():
             check_matrix(path, keys=tensor)
 
@@ -68,7 +72,7 @@ class Edit:
 
     @property
     def applied(self) -> bool:
-        """Whether its deltas are in the model's weights now."""
+        """Whether its deltas are in the model's weights, and its memory is attached, now."""
         return Stack.of(self.lm).holds(self)
 
     def apply(self) -> None:
@@ -107,6 +111,8 @@ class Edit:
             draft.mkdir()
             tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
             tensors |= {f"keys.{i}": tensor for i, tensor in enumerate(self.keys.values())}
+            memory = None if self.memory is None else self.memory.state()
+            tensors |= {f"memory.{name}": tensor for name, tensor in (memory.pop("tensors") if memory else {}).items()}
             # cloned, because safetensors refuses tensors that share memory
             save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, draft / TENSORS)
             record = {
@@ -118,6 +124,7 @@ class Edit:
                 "diagnostics": self.diagnostics,
                 "deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas],
                 "keys": list(self.keys),
+                "memory": memory,
                 "sha256": _sha256(draft / TENSORS),
             }
             try:
@@ -146,6 +153,7 @@ class Edit:
                 method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
                 objective = None if record["objective"] is None else dict(record["objective"])
                 key_paths = [str(module) for module in record.get("keys", [])]
+                state = record.get("memory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this shape
             raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
         if newer:
@@ -164,9 +172,11 @@ class Edit:
                 prefix = f"{i}."
                 deltas.append(kind(module, **{key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}))
             keys = {module: tensors[f"keys.{i}"] for i, module in enumerate(key_paths)}
+            own = {name.removeprefix("memory."): tensor for name, tensor in tensors.items() if name.startswith("memory.")}
+            memory = None if state is None else load_memory({**state, "tensors": own})
         except (SafetensorError, KeyError, TypeError, EditError) as error:
             raise EditError(f"{tensor_path} does not hold what {RECORD} names ({error}); save the edit again") from error
-        return cls(lm, deltas, facts, method, objective, diagnostics, keys)
+        return cls(lm, deltas, facts, method, objective, diagnostics, keys, memory)
 
 
 def _sha256(path: Path) -> str:

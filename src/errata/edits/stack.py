@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from errata.edits.delta import Replacement, master_dtype
 from errata.edits.errors import EditError
+from errata.edits.memory import Memory
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
 from errata.lm.loading import refuse_uneditable
@@ -37,6 +38,8 @@ class Stack:
     float64 weights) and cast once. So the weights depend on the active edits alone, not on what was applied and reverted in between;
     applying costs one addition, reverting a sum over the active deltas of the same matrices. Only touched matrices are kept, and only
     as long as an edit touches them. A long sequence is folded from time to time, so that it needs no more memory than one edit.
+
+    Of edits that keep a memory beside the weights, that of the last one is attached; it holds those before it.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -44,6 +47,7 @@ class Stack:
         self._kept: dict[str, _Kept] = {}
         self._folded: WeakSet[Edit] = WeakSet()  # known as long as somebody asks for them; their deltas are in the base edit
         self._aside = False
+        self._attached: tuple[Memory, ExitStack] | None = None
         self.active: list[Edit] = []
 
     @classmethod
@@ -56,6 +60,11 @@ class Stack:
     def touched(self) -> list[str]:
         """Paths of the modules whose weights active edits have changed, in alphabetical order."""
         return sorted(self._kept)
+
+    @property
+    def memory(self) -> Memory | None:
+        """The memory that the active edits come to."""
+        return next((edit.memory for edit in reversed(self.active) if edit.memory is not None), None)
 
     def holds(self, edit: Edit) -> bool:
         """Whether this very edit is active, by itself or folded into the base edit."""
@@ -71,8 +80,16 @@ class Stack:
         if self.holds(edit):
             raise EditError(f"{edit} is applied already; revert() it first")
         paths = self._checked(edit)
+        if edit.memory is not None and self.memory is not None and edit.memory.parent != self.memory.id:
+            raise EditError(
+                f"{edit} has a memory that does not go on from the one that is attached; a model has one memory at a time: "
+                "apply the edits of a session in their order, or revert the others first (a memory holds all earlier edits of its session)"
+            )
         with ExitStack() as undo:  # also when interrupted: all of the edit or nothing of it
             undo.callback(self._rebuild, paths)
+            if edit.memory is not None:
+                undo.callback(self._attach, self.memory)
+                self._attach(edit.memory)
             for path in paths:
                 if path not in self._kept:
                     weight = self._weight(path)
@@ -93,9 +110,12 @@ class Stack:
             raise EditError(f"{edit} is not applied; apply() it first")
         if edit in self._folded:
             raise EditError(f"{edit} was folded with others into {self.active[0]}; revert() that one, which takes all of them out")
+        if edit.memory is not None and edit.memory is not self.memory:
+            raise EditError(f"later edits hold what {edit} keeps in their memories; revert the edits of its session from the last one back")
         if self._folded and edit is self.active[0]:
             self._folded.clear()
         self.active = [other for other in self.active if other is not edit]
+        self._attach(self.memory)
         self._rebuild(_paths(edit))
 
     @torch.no_grad()
@@ -111,7 +131,7 @@ class Stack:
         # The fingerprint of an edit's own model was taken before any edit; `self._lm` may not have been asked for its one yet.
         lm = self.active[0].lm if self.active else self._lm
         deltas = [Replacement(path, self._sum(path).clone()) for path in self.touched]
-        base = Edit(lm, deltas, [fact for edit in self.active for fact in edit.facts], {"name": "folded"})
+        base = Edit(lm, deltas, [fact for edit in self.active for fact in edit.facts], {"name": "folded"}, memory=self.memory)
         for edit in self.active:
             self._folded.add(edit)
         self.active = [base]
@@ -121,6 +141,7 @@ class Stack:
     def clear(self) -> None:
         """Take every edit out in one step: the originals, bit for bit."""
         self._refuse_aside()
+        self._attach(None)
         for path, kept in self._kept.items():
             self._weight(path).copy_(kept.original)
         self._kept.clear()
@@ -129,8 +150,9 @@ class Stack:
 
     @contextmanager
     def aside_(self) -> Iterator[None]:
-        """The unedited weights while it lasts, then the edited ones again, bit for bit. Edits stay as they are: none may come or go."""
+        """The unedited model while it lasts, then the edited one again, bit for bit. Edits stay as they are: none may come or go."""
         self._refuse_aside()
+        self._attach(None)
         edited = {path: self._weight(path).clone() for path, kept in self._kept.items() if kept.master is None}
         self._aside = True
         try:
@@ -143,6 +165,21 @@ class Stack:
                 for path in self._kept:
                     self._weight(path).copy_(edited[path] if path in edited else self._sum(path))
             self._aside = False
+            self._attach(self.memory)
+
+    @contextmanager
+    def detached_(self) -> Iterator[None]:
+        """The weights as they are, without the memory, while it lasts. Edits stay as they are: none may come or go."""
+        if self._aside:  # then it is detached already
+            yield
+            return
+        self._attach(None)
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+            self._attach(self.memory)
 
     def change(self, path: str) -> tuple[Tensor, Tensor]:
         """W₀ and W − W₀ of a module's weight, as stored, the second before any cast. Raises EditError if no active edit touches it."""
@@ -150,6 +187,18 @@ class Stack:
             raise EditError(f"no applied edit touches {path!r}; there are {', '.join(self.touched) or 'none'}")
         now = self._sum(path)
         return self._kept[path].original, now - self._kept[path].original.to(now)
+
+    def _attach(self, memory: Memory | None) -> None:
+        """Let this memory answer, in the place of the one that does now."""
+        if self._attached is not None:
+            if self._attached[0] is memory:
+                return
+            self._attached[1].close()
+            self._attached = None
+        if memory is not None:
+            with ExitStack() as stack:
+                stack.enter_context(memory.attached(self._lm))
+                self._attached = (memory, stack.pop_all())
 
     def _refuse_aside(self) -> None:
         if self._aside:

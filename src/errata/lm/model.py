@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from errata.lm.anatomy import Anatomy, find_anatomy
+from errata.lm.asking import asking, prefaced
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
+from errata.lm.sampling import Sampling
 from errata.lm.tokens import Batch, Encoded, collate, decode, encode
 
 _HASH_WHOLE = 1 << 22  # parameters up to this many elements go into the fingerprint whole …
@@ -92,6 +95,7 @@ class LanguageModel:
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         """`collate` with this model's padding, on its device. Raises ModelError for a text longer than the model can take."""
+        encoded = prefaced(self, list(encoded))
         self.check_length(max((len(e.ids) for e in encoded), default=0))
         return collate(encoded, self.pad_id).to(self.device)
 
@@ -131,7 +135,8 @@ class LanguageModel:
 
         handle = submodule(self.model, self.anatomy.head).register_forward_pre_hook(pick)
         try:
-            output = self.model(**inputs)
+            with asking(self, positions.masked_fill(~mask, int(positions.max())).amin(-1)):
+                output = self.model(**inputs)
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]  # [N, V]
@@ -141,28 +146,55 @@ class LanguageModel:
         """Greedy continuation of a prompt; only the new text."""
         return self.generate([prompt], max_new_tokens, stop_at_newline=False)[0]
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, stop_at_newline: bool = True, batch_size: int = 32) -> list[str]:
-        """Greedy continuations, only the new text of each, in the order of the prompts.
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        stop_at_newline: bool = True,
+        batch_size: int = 32,
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Continuations, greedy or sampled, only the new text of each, in the order of the prompts.
+
+        prompts: texts; or ids, to be taken as they are (a chat template's).
+        temperature, seeds: at a temperature above 0 each continuation is sampled, with the seed of its own that it then needs; 0 is greedy.
 
         A continuation ends at the end token, before a line break (if `stop_at_newline`), after `max_new_tokens`, or where the
         model's positions end. Prompts run in batches padded on the left, which gives the text that each would give alone.
         Raises ModelError for a prompt longer than the model can take.
         """
-        encoded = [encode(self.tokenizer, prompt).ids for prompt in prompts]
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; give 0 for greedy decoding, or more")
+        if temperature and (seeds is None or len(seeds) != len(prompts)):
+            raise ValueError(f"sampling takes a seed for each of the {len(prompts)} prompts, got {None if seeds is None else len(seeds)}")
+        read = [encode(self.tokenizer, p) if isinstance(p, str) else Encoded(tuple(p), len(p)) for p in prompts]
+        encoded = [text.ids for text in prefaced(self, read)]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # neighbours of like length waste little padding
+        rooms = [self.check_length(len(ids)) for ids in encoded]
+        limits = [max_new_tokens if room is None else min(max_new_tokens, room) for room in rooms]
         texts = [""] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for i, new in zip(chosen, self._continue([encoded[i] for i in chosen], max_new_tokens, stop_at_newline), strict=True):
-                before = decode(self.tokenizer, encoded[i], skip_special=True)
-                whole = decode(self.tokenizer, [*encoded[i], *new], skip_special=True)
-                # Cut from the whole text where possible: decoding the new tokens alone loses their first space in some tokenizers.
-                text = whole[len(before) :] if whole.startswith(before) else decode(self.tokenizer, new, skip_special=True)
-                texts[i] = text.partition("\n")[0] if stop_at_newline else text
+        for limit, group in groupby(order, key=lambda i: limits[i]):  # so that no text is cut where its neighbour's positions end
+            alike = list(group)
+            for start in range(0, len(alike), batch_size):
+                chosen = alike[start : start + batch_size]
+                sampling = Sampling(temperature, [seeds[i] for i in chosen], self.device) if temperature and seeds else None
+                written = self._continue([encoded[i] for i in chosen], limit, stop_at_newline, sampling)
+                for i, new in zip(chosen, written, strict=True):
+                    texts[i] = self._new_text(encoded[i], new, stop_at_newline)
         return texts
 
+    def _new_text(self, ids: Sequence[int], new: Sequence[int], stop_at_newline: bool) -> str:
+        before = decode(self.tokenizer, ids, skip_special=True)
+        whole = decode(self.tokenizer, [*ids, *new], skip_special=True)
+        # Cut from the whole text where possible: decoding the new tokens alone loses their first space in some tokenizers.
+        text = whole[len(before) :] if whole.startswith(before) else decode(self.tokenizer, new, skip_special=True)
+        return text.partition("\n")[0] if stop_at_newline else text
+
     @torch.no_grad()
-    def _continue(self, prompts: list[tuple[int, ...]], max_new_tokens: int, stop_at_newline: bool) -> list[list[int]]:
+    def _continue(
+        self, prompts: list[tuple[int, ...]], max_new_tokens: int, stop_at_newline: bool, sampling: Sampling | None = None
+    ) -> list[list[int]]:
         width = max(map(len, prompts))
         room = self.check_length(width)
         max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
@@ -176,8 +208,11 @@ class LanguageModel:
         )
         line_end = _LineEnd(self.tokenizer)
         criteria = StoppingCriteriaList([line_end] if stop_at_newline else [])
-        with _generation_config(self.model, greedy):
-            out = self.model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=criteria)
+        drawn = LogitsProcessorList([sampling] if sampling else [])
+        with _generation_config(self.model, greedy), asking(self, torch.full((len(prompts),), width - 1, device=self.device)):
+            out = self.model.generate(
+                ids, attention_mask=mask, generation_config=greedy, stopping_criteria=criteria, logits_processor=drawn
+            )
 
         # A row that ended before the others is filled up with padding, which may be an ordinary token: cut it where it ended.
         def cut(row: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ business. Only, while the context lasts, the layers below L hand on what they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,8 +51,10 @@ def run_to(lm: LanguageModel, batch: Batch, layer: int) -> None:
 
 
 @contextmanager
-def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
+def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """While it lasts, `lm.target_logits` and `lm.model` with the batch of `states` run only the layers >= `layer`.
+
+    Yields a function: `with whole(): …` runs all layers again, with any batch.
 
     states: [B, T, d] from `states_at(lm, batch, layer)`; they may carry a graph. Call the model with `use_cache=False`.
     Raises ModelError if there is no such layer, for a model whose later layers read earlier ones, and for a batch of another shape.
@@ -68,11 +70,23 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
         cached = states.to(given.device)
         return ((cached, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cached})
 
-    with ExitStack() as stack:
+    def begin(stack: ExitStack) -> None:
         for module in layers[:layer]:
             stack.enter_context(_skipped(module, lm.anatomy.layer_outputs))
         stack.callback(layers[layer].register_forward_pre_hook(swap, with_kwargs=True).remove)
-        yield
+
+    with ExitStack() as stack:
+
+        @contextmanager
+        def whole() -> Iterator[None]:
+            stack.close()
+            try:
+                yield
+            finally:
+                begin(stack)
+
+        begin(stack)
+        yield whole
 
 
 @contextmanager

@@ -20,17 +20,24 @@ if TYPE_CHECKING:
     from errata.methods.base import Session as Session
     from errata.methods.deltaedit import DeltaEdit as DeltaEdit
     from errata.methods.ft import FT as FT
+    from errata.methods.locft import LocFT as LocFT
     from errata.methods.lora import LoRA as LoRA
+    from errata.methods.melo import MELO as MELO
     from errata.methods.memit import MEMIT as MEMIT
     from errata.methods.prune import PRUNE as PRUNE
     from errata.methods.rect import RECT as RECT
+    from errata.methods.retrieval import Retrieval as Retrieval
     from errata.methods.rome import ROME as ROME
+    from errata.methods.wise import WISE as WISE
     from errata.objectives.base import Objective
 
 NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ft-l": ("ft:FT", {"variant": "l"}, "Adam on one MLP down-projection, all target tokens asked of the last prompt position"),
     "ft-m": ("ft:FT", {"variant": "m"}, "Adam on one MLP down-projection, each target token behind the ones before it"),
+    "locft": ("locft:LocFT", {}, "Adam on one MLP down-projection, breadth-first over a set of facts, with an end token on every target"),
     "lora": ("lora:LoRA", {}, "Adam on low-rank adapters of query and value, every layer"),
+    "melo": ("melo:MELO", {}, "low-rank blocks beside the weights, one for each neighbourhood of edited questions"),
+    "wise": ("wise:WISE", {}, "a side copy of one MLP projection that stirs at edited questions, and answers those"),
     "rome": ("rome:ROME", {}, "one rank-one write of the found value into one MLP"),
     "memit": ("memit:MEMIT", {}, "the value shared out over several MLPs, each write a ridge regression"),
     "memit+history": ("memit:MEMIT", {"history": True}, "MEMIT that also holds on to the keys of earlier edits"),
@@ -38,20 +45,28 @@ NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "rect": ("rect:RECT", {}, "MEMIT, keeping the entries that change their weight most"),
     "alphaedit": ("alphaedit:AlphaEdit", {}, "writes in the null space of ordinary keys, holding on to earlier ones"),
     "deltaedit": ("deltaedit:DeltaEdit", {}, "AlphaEdit, with values orthogonal to earlier ones where their noise is loud"),
+    "retrieval": ("retrieval:Retrieval", {}, "changes no weight: the facts that a question is about stand in front of it"),
 }
 """Name on the command line and in plans -> ("module:Class", what makes it this method, what it is)."""
+
+WITHOUT_OBJECTIVE = frozenset({"retrieval"})
+"""Names of methods that optimise nothing (see `Method.optimises`), known without importing them: a plan runs each of them once."""
 
 _PUBLIC = {
     "AlphaEdit": "alphaedit",
     "DeltaEdit": "deltaedit",
     "FT": "ft",
     "LoRA": "lora",
+    "LocFT": "locft",
+    "MELO": "melo",
     "MEMIT": "memit",
     "Method": "base",
     "PRUNE": "prune",
     "RECT": "rect",
     "ROME": "rome",
+    "Retrieval": "retrieval",
     "Session": "base",
+    "WISE": "wise",
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -20,6 +21,11 @@ from errata.objectives.base import Objective
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
+
+
+Watch = Callable[[int, AbstractContextManager[object]], None]
+"""(steps done, half-made edit): called before each step and after the last. While the context lasts the half-made edit is in the model,
+with dropout off and nothing else of the training in it, so that any prompt may be asked; the weights must be left as they are."""
 
 
 def check_length(lm: LanguageModel, fact: Fact, texts: Sequence[Encoded]) -> None:
@@ -48,12 +54,14 @@ class Method(ABC):
     """An editor's hyper-parameters. Those that are None are filled in by `for_model`.
 
     name, paper: what it is called, and where it comes from.
+    optimises: whether it minimises an objective; see also `errata.methods.WITHOUT_OBJECTIVE`.
     family_defaults: model family -> values for that family; "" for every other model.
     objective_defaults: objective -> its values in this method's hands (the papers' ε differs from method to method).
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    optimises: ClassVar[bool] = True
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -76,7 +84,13 @@ class Method(ABC):
 
 
 class Session(ABC):
-    """One run of a method over a model: edits come out, and what the method carries from edit to edit stays in."""
+    """One run of a method over a model: edits come out, and what the method carries from edit to edit stays in.
+
+    watch: who looks on while an edit is trained, None for nobody. Editors that train weights call it. Locate-then-edit editors do not:
+    what they optimise is a value at one token of one prompt, which says nothing of other prompts until it is written.
+    """
+
+    watch: Watch | None = None
 
     def __init__(self, lm: LanguageModel, method: Method, objective: Objective | None, seed: int) -> None:
         self.lm = lm
@@ -112,7 +126,7 @@ class Session(ABC):
             last = self.finish()
         if not last:
             return edit
-        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys)
+        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys, edit.memory)
 
     def state_dict(self) -> dict[str, Any]:
         """What must be kept for the sequence to go on as if it had not stopped."""
@@ -133,6 +147,8 @@ class Session(ABC):
         check_length(self.lm, fact, [encoded])
         return encoded
 
-    def record(self) -> dict[str, Any]:
-        """The objective as it stands in an edit: name and settings."""
+    def record(self) -> dict[str, Any] | None:
+        """The objective as it stands in an edit: name and settings; None where nothing is optimised."""
+        if not self.method.optimises:
+            return None
         return {"name": self.objective.name, **asdict(self.objective)}  # type: ignore[call-overload]  # objectives are dataclasses

@@ -103,12 +103,14 @@ class _Tuning(Session):
         adam = torch.optim.Adam([change], lr=ft.lr)
         losses: list[float] = []
         reference = None
-        with from_layer(lm, ft.layer, states), capture(lm.model, {"k": path}, inputs=True) as seen:
+        with from_layer(lm, ft.layer, states) as whole, capture(lm.model, {"k": path}, inputs=True) as seen:
             if self.objective.needs_reference:
                 with torch.no_grad():
                     reference = lm.target_logits(batch)
             with add_to_output(module, lambda _: seen["k"].to(change.dtype) @ change.T):
                 for step in range(ft.steps + 1):
+                    if self.watch:
+                        self.watch(step, whole())
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
                     refuse_broken(lm, losses)

@@ -107,6 +107,8 @@ class _Adapting(Session):
                 parameters = [p for pair in adapters.values() for p in pair]
                 adam = torch.optim.Adam(parameters, lr=lora.lr)
                 for step in range(lora.steps + 1):
+                    if self.watch:
+                        self.watch(step, _at_rest(self.lm))
                     value = self.objective.evaluate(self.lm.target_logits(batch), batch.targets, batch.mask, reference)
                     losses.append(value.loss.mean().item())
                     refuse_broken(self.lm, losses)
@@ -149,6 +151,21 @@ class _Adapting(Session):
         """See `Session.load_state_dict`."""
         super().load_state_dict(state)
         self.adapter = dict(state["adapter"])
+
+
+@contextmanager
+def _at_rest(lm: LanguageModel) -> Iterator[None]:
+    """The adapters without their dropout while it lasts: the half-made edit as it would be."""
+    from peft.tuners.lora import LoraLayer
+
+    training: list[Any] = [m.lora_dropout for m in lm.model.modules() if isinstance(m, LoraLayer) and m.lora_dropout.training]
+    for dropout in training:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in training:
+            dropout.train()
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BAT
         wanted[case] = {kind: [_prompt_and_length(lm, question) for question in questions] for kind, questions in kinds.items()}
         for prompt, length in (pair for pairs in wanted[case].values() for pair in pairs):
             longest[prompt] = max(length, longest.get(prompt, 0))
-    said = _greedy(lm, longest, batch_size)
+    said = greedy(lm, longest, batch_size)
     return {
         case: {kind: [list(said[prompt][:length]) for prompt, length in pairs] for kind, pairs in kinds.items()}
         for case, kinds in wanted.items()
@@ -111,7 +111,7 @@ def _prompt_and_length(lm: LanguageModel, question: _Question) -> tuple[Ids, int
 
 
 @torch.no_grad()
-def _greedy(lm: LanguageModel, lengths: Mapping[Ids, int], batch_size: int) -> dict[Ids, Ids]:
+def greedy(lm: LanguageModel, lengths: Mapping[Ids, int], batch_size: int) -> dict[Ids, Ids]:
     """Prompt -> so many greedy tokens. Through the same call that scores them later, so that the unedited model agrees with itself."""
     said: dict[Ids, Ids] = dict.fromkeys(lengths, ())
     for step in range(max(lengths.values(), default=0)):

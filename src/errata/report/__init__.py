@@ -11,6 +11,9 @@ PICTURES: Mapping[str, str] = {
     "efficacy-and-noise": "efficacy on top, and the superimposed noise of the last edited layer, over the number of edits",
     "k-beta": "the mean kᵀβ of different edits over the number of edits",
     "noise-by-layer": "the superimposed noise over the number of edits, a panel for each edited layer",
+    "figure1": "loss of the edits', the rephrased and the portability answers over the steps of an edit (OVERTONE; curves: true)",
+    "figure2": "initial loss and underfitting degree by token, share of over-fitted tokens over the steps (OVERTONE; curves: true)",
+    "figure3": "Avg. over the number T of edits in a row, each method with cross-entropy and with OVERTONE (OVERTONE; several runs)",
     "eta": "efficacy, generalization, specificity on top over DeltaEdit's η, of the rows labelled deltaedit@eta=…",
 }
 TABLES: Mapping[str, str] = {
@@ -21,6 +24,10 @@ TABLES: Mapping[str, str] = {
 }
 DRAWINGS: Mapping[str, str] = {**PICTURES, **TABLES}
 """Name -> what it shows. A picture becomes NAME.png, a table NAME.md."""
+CURVES = ("figure1", "figure2")
+"""What is drawn from the curves of single edits."""
+OF_CASES = frozenset({*CURVES, "figure3"})
+"""What is drawn of single and continual edits; all else is drawn of a sequence."""
 
 
 class DrawingError(ValueError):

@@ -88,7 +88,7 @@ def efficacy_and_noise(results: Results) -> Figure:
     _scale(other, noise.values())
     axes.set_zorder(other.get_zorder() + 1)  # the solid lines lie above the dashed ones
     axes.patch.set_visible(False)
-    _legend(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 
@@ -150,7 +150,7 @@ def eta(results: Results) -> Figure:
                 points[row["settings"]["method"]["eta"]].append(value)
         handles[f"{label}$_{{top}}$"] = _line(axes, Curve.through(points), colour, marker)
     axes.set(xlabel=r"$\eta$", ylabel=f"after {rows[0]['metrics']['checkpoints'][-1]['edits']} edits (%)", xticks=sorted(values))
-    _legend(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 
@@ -200,7 +200,7 @@ def _lines(figure: Figure, panels: Sequence[Axes], curves: Sequence[Mapping[str,
         for axes, some in zip(panels, curves, strict=True):
             if label in some:
                 handles[label] = _line(axes, some[label], colour, marker)
-    _legend(figure, handles)
+    legend_below(figure, handles)
 
 
 def _line(axes: Axes, curve: Curve, colour: str, marker: str, dashed: bool = False) -> Any:
@@ -219,7 +219,7 @@ def _line(axes: Axes, curve: Curve, colour: str, marker: str, dashed: bool = Fal
     return line
 
 
-def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     """Below the axes, never over the data."""
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
 

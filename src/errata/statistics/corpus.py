@@ -58,7 +58,7 @@ def texts(source: str | Path | Corpus | None, lm: LanguageModel | None = None) -
     if isinstance(source, Corpus):
         return source
     if source is None:
-        own = _beside(lm)
+        own = beside(lm)
         name = lm.name if lm is not None else "MODEL"
         return _file(own, f"{BESIDE} of {name}") if own else _data_set(WIKIPEDIA, _nothing_beside(name))
     if source == BUNDLED:
@@ -80,7 +80,7 @@ def _bundled() -> Path:
     return path
 
 
-def _beside(lm: LanguageModel | None) -> Path | None:
+def beside(lm: LanguageModel | None) -> Path | None:
     """The text in the folder that the model was loaded from, if it was one and holds one."""
     folder = "" if lm is None else str(getattr(lm.model.config, "_name_or_path", "") or "")
     path = Path(folder) / BESIDE
@@ -194,4 +194,4 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-__all__ = ["BESIDE", "BUNDLED", "WIKIPEDIA", "Corpus", "texts"]
+__all__ = ["BESIDE", "BUNDLED", "WIKIPEDIA", "Corpus", "beside", "texts"]

@@ -1,0 +1,43 @@
+"""How a question is put to a model that writes its answer (EVALUATION §3): as it stands, in a question-answer frame, as a chat's turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FRAMES: Mapping[str, str] = {"plain": "{}", "qa": "Question: {}\nAnswer:"}
+"""Name -> text with the place of the question."""
+
+CHATS = ("auto", "on", "off")
+"""Whether a prompt becomes a turn of a chat: where the tokenizer has a template; always; never."""
+
+
+def framed(question: str, frame: str) -> str:
+    """The question in one of FRAMES. Raises ValueError for an unknown one."""
+    if frame not in FRAMES:
+        raise ValueError(f"unknown frame {frame!r}; there is {', '.join(FRAMES)}")
+    return FRAMES[frame].replace("{}", question)
+
+
+def chats(tokenizer: Any, chat: str = "auto") -> bool:
+    """Whether prompts become turns of a chat with this tokenizer, under one of CHATS.
+
+    Raises ValueError for an unknown choice, or "on" without a template.
+    """
+    if chat not in CHATS:
+        raise ValueError(f"unknown chat {chat!r}; there is {', '.join(CHATS)}")
+    there = bool(getattr(tokenizer, "chat_template", None))
+    if chat == "on" and not there:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or take chat 'auto' or 'off'")
+    return there and chat != "off"
+
+
+def turn(tokenizer: Any, prompt: str, chat: str = "auto") -> str | tuple[int, ...]:
+    """What `LanguageModel.generate` is given: the ids of a user's turn and of the start of the answer, or the prompt itself.
+
+    Ids and not text, because the template writes the special prefix itself; encoded again, the text would have it twice.
+    """
+    if not chats(tokenizer, chat):
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
