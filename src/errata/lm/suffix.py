@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from errata.lm.packing import packed
 from errata.lm.resume import entering, from_layer, resumable, states_at
 from errata.lm.tokens import Batch, Encoded
 
@@ -31,9 +30,6 @@ class Suffix:
     starts: the first token of each text that runs, by default the subject's last; at most prompt_length - 1, which predicts the target.
     cached: whether the keys and values of earlier tokens are cached. None: where a probe finds it exact (`is_exact`); elsewhere the whole
         texts run, from layer `layer` on, with the same results.
-    packed_from: from this layer on, by default `layer`, MLPs and attention output projections are given the tokens that matter and no
-        others, [1, N, w] in place of [B, S, w]; hooks inside an MLP that count on the latter must be in a layer below. As with `cached`,
-        a probe decides where that is None; whole texts are never packed.
 
     states [B, S, d]: what enters layer `layer`, without a graph; padded on the right. Pass them, changed or not, to `logits`.
     columns [B]: where in `states` token starts[b] stands: 0, or starts[b] where the whole texts run.
@@ -55,7 +51,6 @@ class Suffix:
         layer: int,
         starts: Sequence[int] | None = None,
         cached: bool | None = None,
-        packed_from: int | None = None,
     ) -> None:
         resumable(lm, layer)
         first = torch.tensor(_checked(encoded, starts), device=lm.device)  # [B]
@@ -65,8 +60,6 @@ class Suffix:
         self._lm, self._layer = lm, layer
         self.targets, self.mask = batch.targets, batch.mask
         self.cached = is_exact(lm, layer) if cached is None else cached
-        packs = self.cached and (cached is not None or is_exact(lm, layer, packed=True))
-        self._packed_from = (layer if packed_from is None else packed_from) if packs else len(lm.anatomy.layers)
         self._prefixes: dict[int, _Prefix] = {}  # by layer; empty where the whole texts run
         self._inputs: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         begins = first if self.cached else torch.zeros_like(first)  # [B] where the columns of `states` begin in the texts
@@ -77,7 +70,7 @@ class Suffix:
             self._record(batch, first)
         else:
             self.states = states_at(lm, batch, layer)
-        self._cache, self._matter = self._new_cache(), self._that_matter()
+        self._cache = self._new_cache()
 
     def __len__(self) -> int:
         return len(self.states)
@@ -95,8 +88,7 @@ class Suffix:
         return self._run(self._lm.rows_at, states)
 
     def _run(self, head: Callable[..., Tensor], states: Tensor) -> Tensor:
-        shape = (states.shape[0], states.shape[1])
-        with from_layer(self._lm, self._layer, states), packed(self._lm, self._matter, shape):
+        with from_layer(self._lm, self._layer, states):
             return head(self._positions, self.mask, **self._inputs, past_key_values=self._cache, use_cache=self._cache is not None)
 
     def keep(self, rows: Tensor) -> Suffix:
@@ -117,7 +109,7 @@ class Suffix:
         kept._inputs = {name: part[rows, :width] for name, part in self._inputs.items()}
         kept._inputs["attention_mask"] = self._inputs["attention_mask"][rows, before:end]
         kept._prefixes = {i: prefix.of(rows, before) for i, prefix in self._prefixes.items()}
-        kept._cache, kept._matter = kept._new_cache(), kept._that_matter()
+        kept._cache = kept._new_cache()
         return kept
 
     @torch.no_grad()
@@ -147,14 +139,6 @@ class Suffix:
         }
         if "position_ids" in inspect.signature(lm.model.forward).parameters:  # BLOOM, for one, has the mask say how far apart tokens are
             self._inputs["position_ids"] = place
-
-    def _that_matter(self) -> dict[int, Tensor]:
-        """Layer -> tokens [N] of the B·S that something depends on: all but padding, in the last layer those that predict a target."""
-        layers, width = len(self._lm.anatomy.layers), self.states.shape[1]
-        texts = torch.arange(len(self), device=self.mask.device)[:, None] * width
-        real = (torch.arange(width, device=self.mask.device) < self._ends[:, None]).flatten().nonzero().squeeze(-1)
-        last = (texts + self._positions)[self.mask]
-        return {i: real if i < layers - 1 else last for i in range(self._packed_from, layers)}
 
     def _new_cache(self) -> Cache | None:
         """What the model is to read: it asks the first layer for lengths, so those that do not run need stand-ins of the same."""
@@ -198,29 +182,28 @@ class _Prefix(DynamicLayer):  # type: ignore[no-untyped-call]
         return _Prefix(self.keys[rows, :, start:], self.values[rows, :, start:])
 
 
-def is_exact(lm: LanguageModel, layer: int, packed: bool = False) -> bool:
+def is_exact(lm: LanguageModel, layer: int) -> bool:
     """Whether this model gives the same logits from cached prefixes as from whole texts, up to rounding: tried out, once per layer.
 
-    packed: whether it does so with the modules of `packing` on the tokens that matter, too. Two short texts of different lengths run both
-    ways. The answer hangs on the model, so it is asked anew for another one, for another type of the weights, and for another
-    implementation of attention.
+    Two short texts of different lengths run both ways. The answer hangs on the model, so it is asked anew for another one, for
+    another type of the weights, and for another implementation of attention.
     """
     known: dict[tuple[object, ...], bool] = vars(lm.model).setdefault("errata_suffix", {})
-    case = (layer, packed, lm.dtype, lm.device, getattr(lm.model.config, "_attn_implementation", None))
+    case = (layer, lm.dtype, lm.device, getattr(lm.model.config, "_attn_implementation", None))
     if case not in known:
-        known[case] = _probe(lm, layer, packed)
+        known[case] = _probe(lm, layer)
     return known[case]
 
 
 @torch.no_grad()
-def _probe(lm: LanguageModel, layer: int, packed: bool) -> bool:
+def _probe(lm: LanguageModel, layer: int) -> bool:
     """The whole texts run one by one, without padding, so that nothing but the model itself is believed."""
     size = lm.model.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + 3) % size for i in range(16)]
     texts = [Encoded(tuple(ids[:11]), 8, 6), Encoded(tuple(ids[11:]), 3, 1)]
     whole = [lm.target_logits(lm.batch([text]))[0] for text in texts]  # [Tm, V] each
     try:
-        suffix = Suffix(lm, texts, layer, cached=True, packed_from=layer if packed else len(lm.anatomy.layers))
+        suffix = Suffix(lm, texts, layer, cached=True)
         found = suffix.logits(suffix.states)
     except Exception:  # whatever a model's code makes of a cache that it was not written for
         return False
