@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 Projector = Callable[[Tensor, Tensor], Tensor]
 GROUP = 64
 """At most so many facts run together; beyond it nothing is gained, and logits [facts · contexts · Tm, V] grow."""
-BETAS, EPS = (0.9, 0.999), 1e-8
-"""Adam's, as everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +107,15 @@ def find_values(
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of facts that run together without much padding: suffixes of about one length."""
-    lengths = [max(len(text.ids) - 1 - int(text.subject_last or 0) for text in request.contexts) for request in requests]
+    """Indices of facts that run together without padding to speak of: targets of one length, suffixes of about one length."""
+
+    def shape(i: int) -> tuple[int, int]:
+        bare = requests[i].contexts[0]
+        return len(bare.target_ids), max(len(text.ids) - int(text.subject_last or 0) for text in requests[i].contexts)
+
     groups: list[list[int]] = []
-    for i in sorted(range(len(requests)), key=lengths.__getitem__):
-        if groups and lengths[i] <= 1.5 * lengths[groups[-1][0]] and len(groups[-1]) < GROUP:
+    for i in sorted(range(len(requests)), key=shape):
+        if groups and shape(groups[-1][0])[0] == shape(i)[0] and shape(i)[1] <= 1.5 * shape(groups[-1][0])[1] and len(groups[-1]) < GROUP:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -130,30 +132,33 @@ def _search(
     objective: Objective,
     project: Projector | None,
 ) -> Values:
-    """`find_values` for facts that run together. facts [F]: what `project` knows them by."""
-    count, contexts = len(requests), len(requests[0].contexts)
+    """`find_values` for facts whose targets have one length Tm. facts [F]: what `project` knows them by."""
+    count, contexts, length = len(requests), len(requests[0].contexts), len(requests[0].contexts[0].target_ids)
     width = contexts + (search.kl > 0)  # texts of a fact: its contexts, then the essence
     run = _Runner(lm, layer, [text for request in requests for text in (*request.contexts, request.essence)[:width]])
     size = torch.linalg.vector_norm(base, dim=-1, keepdim=True)  # [F, 1]
-    delta, mean, square = (torch.zeros_like(base) for _ in range(3))  # mean and square: Adam's, of the active facts alone
+    delta = torch.zeros_like(base, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=search.lr)
     active = torch.arange(count, device=base.device)
     probability, last = torch.zeros(count, device=base.device), torch.zeros(count, device=base.device)
     steps, losses = torch.zeros(count, dtype=torch.long, device=base.device), []
     reference = before = None
+    targets = torch.tensor([text.target_ids for request in requests for text in request.contexts], device=base.device)
+    targets = targets.view(count, contexts, length)
+    mask = torch.ones(count * contexts, length, dtype=torch.bool, device=base.device)
     for step in range(search.steps + 1):
-        moving = delta[active].requires_grad_()  # [A, d]
-        logits = run(moving.repeat_interleave(width, 0)).unflatten(0, (len(active), width))  # [A, C (+ 1), Tm, V]
-        asked, wanted, there = (part[:, :contexts].flatten(0, 1) for part in (logits, *run.targets(width)))  # [A·C, Tm, ..]
+        rows = run(delta[active].repeat_interleave(width, 0)).unflatten(0, (len(active), -1))  # [A, C·Tm (+ 1), V]
+        asked = rows[:, : contexts * length].reshape(len(active) * contexts, length, -1)  # [A·C, Tm, V]
         if step == 0 and objective.needs_reference:
             reference = asked.detach().unflatten(0, (count, contexts))
-        expected = None if reference is None else reference[active, :, : asked.shape[1]].flatten(0, 1)
-        value = objective.evaluate(asked, wanted, there, expected)
+        wanted, there = targets[active].flatten(0, 1), mask[: len(asked)]
+        value = objective.evaluate(asked, wanted, there, None if reference is None else reference[active].flatten(0, 1))
         loss = value.loss.unflatten(0, (-1, contexts)).mean(1)  # [A]
         if search.kl > 0:
-            now = torch.log_softmax(logits[:, -1, 0].to(loss.dtype), -1)  # [A, V]
+            now = torch.log_softmax(rows[:, -1].to(loss.dtype), -1)  # [A, V]
             before = now.detach() if before is None else before
             loss = loss + search.kl * (now.exp() * (now - before[active])).sum(-1)
-        loss = loss + search.decay * torch.linalg.vector_norm(moving, dim=-1) / size[active, 0].square()
+        loss = loss + search.decay * torch.linalg.vector_norm(delta[active], dim=-1) / size[active, 0].square()
         last[active] = loss.detach().float()
         losses.append(float(last.mean()))
         first = slice(None, None, contexts)
@@ -163,23 +168,23 @@ def _search(
             finished |= probability[active] > search.enough
         if step == search.steps or bool(finished.all()):
             break
-        (slope,) = torch.autograd.grad(loss.sum(), moving)
-        if bool(finished.any()):  # they leave, with their momentum, which would go on moving them
+        (delta.grad,) = torch.autograd.grad(loss[~finished].sum(), delta)
+        kept = delta.detach().clone()
+        adam.step()
+        if bool(finished.any()):
             going = (~finished).nonzero().squeeze(-1)
             run.keep((going[:, None] * width + torch.arange(width, device=going.device)).flatten())
-            active, slope, mean, square = active[going], slope[going], mean[going], square[going]
-        mean.lerp_(slope, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(slope, slope, value=1 - BETAS[1])
-        rate, scale = search.lr / (1 - BETAS[0] ** (step + 1)), (1 - BETAS[1] ** (step + 1)) ** 0.5
-        moved = delta[active].addcdiv_(mean, square.sqrt().div_(scale).add_(EPS), value=-rate)
-        moved = moved if project is None else project(moved, facts[active])
-        delta[active] = moved * (search.clamp * size[active] / torch.linalg.vector_norm(moved, dim=-1, keepdim=True)).clamp(max=1.0)
+            active = active[going]
+        with torch.no_grad():
+            moved = delta[active] if project is None else project(delta[active], facts[active])
+            moved = moved * (search.clamp * size[active] / torch.linalg.vector_norm(moved, dim=-1, keepdim=True)).clamp(max=1.0)
+            delta.copy_(kept).index_copy_(0, active, moved)  # Adam's momentum goes on moving the finished ones: put them back
         steps[active] += 1
-    return Values(delta, probability, steps, losses)
+    return Values(delta.detach(), probability, steps, losses)
 
 
 class _Runner:
-    """Logits at the targets of B texts, as a function of what is added at their subjects' last tokens.
+    """Logits at the N targets of B texts, as a function of what is added at their subjects' last tokens.
 
     Where the MLP writes straight into the residual stream, what is added to its output arrives at the layer above as it is, so `layer`
     itself need not run.
@@ -193,18 +198,14 @@ class _Runner:
     def keep(self, rows: Tensor) -> None:
         self.suffix = self.suffix.keep(rows)
 
-    def targets(self, width: int) -> tuple[Tensor, Tensor]:
-        """Targets and mask, both [B / width, width, Tm]."""
-        return self.suffix.targets.unflatten(0, (-1, width)), self.suffix.mask.unflatten(0, (-1, width))
-
     def __call__(self, delta: Tensor) -> Tensor:
-        """delta [B, d] -> logits [B, Tm, V], zeros where there is no target."""
+        """delta [B, d] -> logits [N, V], text by text."""
         states, columns = self.suffix.states, self.suffix.columns
         if self.straight:
             rows = torch.arange(len(states), device=states.device)
-            return self.suffix.logits(states.index_put((rows, columns), delta.to(states), accumulate=True))
+            return self.suffix.rows(states.index_put((rows, columns), delta.to(states), accumulate=True))
         with _added_at(self.lm, self.layer, states.shape[1], columns, lambda _: delta):
-            return self.suffix.logits(states)
+            return self.suffix.rows(states)
 
 
 @contextmanager
