@@ -68,7 +68,7 @@ def test_distances_are_the_mean_over_the_questions_tokens() -> None:
     expected = [
         sum(float((change @ x[b, t]).norm()) for t in range(4) if asked[b, t]) / int(asked[b].sum()) for b in range(2)
     ]  # fmt: skip
-    torch.testing.assert_close(distances(x, change, asked), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(distances(x, asked, change), torch.tensor(expected, dtype=torch.float64))
 
 
 def stirred(lm: LanguageModel, module: str, change: Tensor, *prompts: str) -> list[float]:
@@ -78,7 +78,7 @@ def stirred(lm: LanguageModel, module: str, change: Tensor, *prompts: str) -> li
         with capture(lm.model, {"x": module}, inputs=True) as seen, torch.no_grad():
             lm.model(input_ids=torch.tensor([encode(lm.tokenizer, prompt).ids]))
         x = seen["x"].reshape(1, -1, change.shape[1])
-        found.append(float(distances(x, change, torch.ones(x.shape[:2], dtype=torch.bool))))
+        found.append(float(distances(x, torch.ones(x.shape[:2], dtype=torch.bool), change)))
     return found
 
 

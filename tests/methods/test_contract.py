@@ -27,7 +27,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "retrieval": {},
     "melo": {"steps": 50, "lr": 0.1, "scale": 1.0, "radius": 1.0},
     # Margins that a few steps reach; what they keep apart is tested elsewhere.
-    "wise": {"steps": 50, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where does Lyon lie?", "Pierre worked in")},
+    "wise": {"steps": 30, "lr": 3.0, "mask": 0.5, "margins": (0.01, 0.02, 0.01), "irrelevant": ("Where is Lyon?", "Pierre worked in")},
 }
 # Keys of random models differ from context to context as much as from fact to fact, so there is one context, the bare prompt; and in
 # a width of 40 what must not move is made to count little, so that an edit shows.
@@ -77,10 +77,20 @@ def loss(lm: LanguageModel, edit: Edit) -> float:
         return float(CrossEntropy()(lm.target_logits(batch), batch.targets, batch.mask).mean())
 
 
-@pytest.mark.parametrize("objective", [CrossEntropy(), Overtone(epsilon=0.05)], ids=lambda o: o.name)
 @pytest.mark.parametrize("name", methods.NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_edits_and_reverts_exactly(family: str, name: str, objective: Any) -> None:
+def test_edits_and_reverts_exactly(family: str, name: str) -> None:
+    edits_and_reverts(family, name, CrossEntropy())
+
+
+@pytest.mark.parametrize("name", OPTIMISING)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_so_it_does_with_overtone(family: str, name: str) -> None:
+    """An objective sees logits, whose only kinds are these: as they leave the head, and soft-capped."""
+    edits_and_reverts(family, name, Overtone(epsilon=0.05))
+
+
+def edits_and_reverts(family: str, name: str, objective: Any) -> None:
     lm = language_model(family)
     before, flags = state(lm), [p.requires_grad for p in lm.model.parameters()]
     edit = method(name).start(lm, objective if name in OPTIMISING else None).complete([FACT])
@@ -102,8 +112,11 @@ def test_edits_and_reverts_exactly(family: str, name: str, objective: Any) -> No
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
 
 
-@pytest.mark.parametrize("name", LOCATE)
-@pytest.mark.parametrize("family", FAMILIES)
+# What differs from family to family, keys, residual stream and post-norms, is the same for all of them; their own parts differ in these.
+LANDING = [(f, name) for f in FAMILIES for name in LOCATE if name in ("rome", "memit", "deltaedit") or f in ("gpt2", "gemma2")]
+
+
+@pytest.mark.parametrize(("family", "name"), LANDING)
 def test_a_located_edit_lands_where_it_was_meant_to(family: str, name: str) -> None:
     """At the subject's last token, behind the last critical layer, the edited model has the value that was searched for.
 

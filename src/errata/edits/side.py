@@ -62,13 +62,14 @@ def unpacked(bytes: Tensor, count: int) -> Tensor:
     return ((bytes[:, None] >> torch.arange(8, dtype=torch.uint8, device=bytes.device)) & 1).flatten()[:count].bool()
 
 
-def distances(x: Tensor, change: Tensor, question: Tensor) -> Tensor:
+def distances(x: Tensor, question: Tensor, change: Tensor) -> Tensor:
     """Δ_act(x) = ‖A(x) (W′ - W)‖₂ of each text [B], the mean over its question's tokens (WISE §2.3.1); differentiable in `change`.
 
-    x [B, T, in]: what enters the matrix; change [out, in]; question [B, T] bool. A text without such a token has 0.
+    x [B, T, in]: what enters the matrix; question [B, T] bool; change [out, in]. A text without such a token has 0.
     """
-    stirred: Tensor = (x @ change.mT).norm(dim=-1) * question  # [B, T]
-    return stirred.sum(-1) / question.sum(-1).clamp(min=1)
+    stirred: Tensor = (x[question] @ change.mT).norm(dim=-1)  # [N], of the questions' tokens alone
+    total: Tensor = stirred.new_zeros(len(x)).index_add(0, question.nonzero()[:, 0], stirred)
+    return total / question.sum(-1).clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ class _Routed:
 
     @torch.no_grad()
     def _route(self, x: Tensor, question: Tensor) -> Tensor:
-        stirred = torch.stack([distances(x, change, question) for change in self._changes])  # [K, B]
+        stirred = torch.stack([distances(x, question, change) for change in self._changes])  # [K, B]
         beyond = stirred > torch.tensor(self._thresholds, dtype=stirred.dtype, device=x.device)[:, None]
         most = stirred.masked_fill(~beyond, -math.inf).max(0)
         return torch.where(most.values > -math.inf, most.indices, -1)

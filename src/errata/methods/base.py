@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.edits.delta import Delta
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
+from errata.edits.memory import Memory
 from errata.facts import Fact, FactError
 from errata.lm.errors import ModelError
 from errata.lm.tokens import Encoded, encode
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 Watch = Callable[[int, AbstractContextManager[object]], None]
 """(steps done, half-made edit): called before each step and after the last. While the context lasts the half-made edit is in the model,
 with dropout off and nothing else of the training in it, so that any prompt may be asked; the weights must be left as they are."""
+
+
+@contextmanager
+def half_made(lm: LanguageModel, memory: Memory, whole: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """For a `Watch`: the memory as it is so far, in the whole model. whole: what `from_layer` yields."""
+    with whole(), memory.attached(lm):
+        yield
 
 
 def check_length(lm: LanguageModel, fact: Fact, texts: Sequence[Encoded]) -> None:

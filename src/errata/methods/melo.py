@@ -23,7 +23,7 @@ from errata.lm.capture import capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.resume import from_layer, resumable, run_to, states_at
 from errata.lm.tokens import Encoded, encode
-from errata.methods.base import Method, Session, check_range, refuse_broken
+from errata.methods.base import Method, Session, check_range, half_made, refuse_broken
 from errata.methods.locate.contexts import prefixes
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class _Coding(Session):
                 trained += [] if block in trained else [block]
             # Of facts edited together one may have replaced another, and no question is left for its block.
             trained = [block for block in trained if any(cluster.block == block for cluster in clusters)]
-            losses = self._train(clusters, blocks, trained)
+            losses = self._train(clusters, blocks, trained, radius)
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
         id = grown_id(parent, method, self.record(), [fact.to_dict() for fact in facts], self.seed, self.count, self.lm.fingerprint)
@@ -168,7 +168,7 @@ class _Coding(Session):
         }
         return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=self.memory)
 
-    def _train(self, clusters: Sequence[Cluster], blocks: list[Block], trained: Sequence[int]) -> list[float]:
+    def _train(self, clusters: Sequence[Cluster], blocks: list[Block], trained: Sequence[int], radius: float) -> list[float]:
         """Adam on the blocks `trained`, in whose place the trained ones are put; the loss before each step, and after the last.
 
         Each has a loss of its own, the mean over its questions, and its own stop; the others stay as they are.
@@ -187,12 +187,16 @@ class _Coding(Session):
         schedule = torch.optim.lr_scheduler.StepLR(adam, melo.halve_every, 0.5)
         losses: list[float] = []
         lowest = min(melo.layers)  # nothing below it changes
-        with from_layer(lm, lowest, states_at(lm, batch, lowest)):
+        with from_layer(lm, lowest, states_at(lm, batch, lowest)) as whole:
             reference = None
             if self.objective.needs_reference:
                 with torch.no_grad():
                     reference = lm.target_logits(batch)
             for step in range(melo.steps + 1):
+                if self.watch:
+                    now = dict(enumerate(blocks)) | {k: _detached(a, b) for k, a, b in zip(trained, downs, ups, strict=True)}
+                    book = CodeBook("", None, self.layer, self.modules, self._scale, radius, tuple(clusters), tuple(now.values()))
+                    self.watch(step, half_made(lm, book, whole))
                 down, up = ([torch.stack(of_module) for of_module in zip(*part, strict=True)] for part in (downs, ups))
                 with answering(lm, self.modules, down, up, self._scale, lambda: rows):
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
@@ -209,7 +213,7 @@ class _Coding(Session):
                 adam.step()
                 schedule.step()
         for k, a, b in zip(trained, downs, ups, strict=True):
-            blocks[k] = Block(tuple(p.detach() for p in a), tuple(p.detach() for p in b))
+            blocks[k] = _detached(a, b)
         return losses
 
     @property
@@ -259,6 +263,10 @@ class _Coding(Session):
         super().load_state_dict(state)
         kept = state["memory"]
         self.memory = kept and CodeBook.restore(kept["settings"], kept["tensors"], kept["id"], kept["parent"])
+
+
+def _detached(down: Sequence[Tensor], up: Sequence[Tensor]) -> Block:
+    return Block(tuple(a.detach() for a in down), tuple(b.detach() for b in up))
 
 
 def _compact(book: CodeBook) -> CodeBook:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import from_layer, resumable, run_to, states_at
 from errata.lm.tokens import Encoded, encode
-from errata.methods.base import Method, Session, check_length, check_range, refuse_broken
+from errata.methods.base import Method, Session, check_length, check_range, half_made, refuse_broken
 from errata.methods.irrelevant import irrelevant, without
 from errata.methods.locate.contexts import prefixes
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
+T = TypeVar("T")
 _CHUNK = 32  # texts that run together where only their distances are wanted
 
 
@@ -70,20 +70,24 @@ class WISE(Method):
     prefixes: so many texts that the model wrote are put before the prompt, besides the bare one. WISE's own is 10; OVERTONE's
         experiments, with either objective, are without.
     irrelevant: where the irrelevant prompts come from, see `irrelevant.irrelevant`; beside: so many of them for each edit.
+    replay: so many of the shard's earlier questions, drawn for each edit, are trained on with the new one: their targets, and that they
+        stir. 0: none; as published, what a shard is told last is what it says.
 
-    A new fact is to win over what was said of it before: the β of a question that earlier sides answer is their distance and γ more.
+    Ours, because later edits of a shard move the distances of earlier ones: its threshold is taken anew after each edit. Questions of
+    other sides are irrelevant too. A new fact is to win over what was said of it before: the β of a question that other sides answer is
+    their distance and γ more.
     """
 
     name: ClassVar[str] = "wise"
     paper: ClassVar[str] = "arXiv 2405.14768, as in OVERTONE §4.1"
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88, "beside": 16},
+        "": {"lr": 1.0, "steps": 70, "margins": (0.25, 1.0, 0.5), "ratio": 0.88, "beside": 16, "replay": 8},
         "llama-2-7b": {"layer": 27, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "llama-3-8b": {"layer": 29, "steps": 30, "lr": 0.9, "margins": (2.0, 20.0, 10.0), "unit": 1.0, "ratio": 0.5},
         "gpt-j-6b": {"layer": 21, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         "qwen2.5-7b": {"layer": 23, "margins": (5.0, 20.0, 10.0), "unit": 1.0},
         # Tuned on the dev cases with cross-entropy: rephrasings stir about three fifths as much as the edited question itself.
-        "atlas": {"layer": 4, "lr": 2.0, "ratio": 0.3, "beside": 64},
+        "atlas": {"layer": 4, "lr": 2.0, "ratio": 0.3, "beside": 64, "replay": 16},
     }
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ce": {"reduction": "mean"},
@@ -107,9 +111,19 @@ class WISE(Method):
     prefixes: int = 0
     irrelevant: str | tuple[str, ...] | None = None
     beside: int | None = None
+    replay: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("save_every", 1), ("merge_every", 1), ("beside", 1), ("prefixes", 0), ("stop", 0), ("decay", 0)):
+        for name, low in (
+            ("steps", 1),
+            ("save_every", 1),
+            ("merge_every", 1),
+            ("beside", 1),
+            ("prefixes", 0),
+            ("replay", 0),
+            ("stop", 0),
+            ("decay", 0),
+        ):
             check_range(self.name, name, getattr(self, name), low)
         for name in ("lr", "unit", "shrink"):
             check_range(self.name, name, getattr(self, name), 0, above=True)
@@ -147,6 +161,7 @@ class _Siding(Session):
         self.module = lm.anatomy.mlp_down[self.layer]
         self.shape = lm.anatomy.hidden_size, lm.anatomy.key_size
         self.memory: SideMemory | None = None
+        self._kept: dict[Encoded, Tensor] = {}  # keys of the open shard's questions [T, in]
         self.begun = 0  # shards; each draws a mask of its own
         self.prompts = irrelevant(lm, method.irrelevant)
         self.written = prefixes(lm, method.prefixes, 10) if method.prefixes else ()
@@ -159,13 +174,15 @@ class _Siding(Session):
         with Stack.of(self.lm).detached_():
             held = [one.change(self.shape) for one in sides]
             if not sides or sides[-1].merged or len(sides[-1].texts) >= self.method.save_every:
-                change, allowed, open = torch.zeros(self.shape, dtype=self._dtype, device=self._device), self._drawn_mask(), None
+                change, allowed = torch.zeros(self.shape, dtype=self._dtype, device=self._device), self._drawn_mask()
+                before: tuple[Encoded, ...] = ()
+                self._kept = {}
             else:
-                open, change = sides.pop(), held.pop()
-                allowed = unpacked(open.mask, change.numel()).view(self.shape).to(self._device)
-            change, losses, distance = self._train(facts, encoded, change.to(self._device), allowed, sides, held)
-            threshold = min(self._threshold(distance), math.inf if open is None else open.threshold)
-            sides.append(side(change, allowed, threshold, (*(() if open is None else open.texts), *encoded)))
+                before, change = sides[-1].texts, held.pop().to(self._device)
+                allowed = unpacked(sides.pop().mask, change.numel()).view(self.shape).to(self._device)
+            change, losses = self._train(facts, encoded, change, allowed, before, sides, held)
+            found = distances(*self._own((*before, *encoded)), change)
+            sides.append(side(change, allowed, self._threshold(found), (*before, *encoded)))
             sides = self._merged(sides)
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
@@ -175,7 +192,7 @@ class _Siding(Session):
             "steps": len(losses) - 1,
             "losses": losses,
             "seconds": time.perf_counter() - clock,
-            "distance": float(distance.min()),
+            "distance": float(found[-len(facts) :].min()),
             "threshold": sides[-1].threshold,
             "unit": self.unit,
             "sides": len(sides),
@@ -183,56 +200,79 @@ class _Siding(Session):
         return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=self.memory)
 
     def _train(
-        self, facts: list[Fact], encoded: list[Encoded], change: Tensor, allowed: Tensor, sides: Sequence[Side], held: Sequence[Tensor]
-    ) -> tuple[Tensor, list[float], Tensor]:
+        self,
+        facts: list[Fact],
+        encoded: list[Encoded],
+        change: Tensor,
+        allowed: Tensor,
+        before: Sequence[Encoded],
+        sides: Sequence[Side],
+        held: Sequence[Tensor],
+    ) -> tuple[Tensor, list[float]]:
         """SGD on the entries of `change` that are `allowed`, from its present value.
 
-        Gives the change, the loss on the targets before each step and after the last, and the distance of each bare question [F].
+        before: what the shard holds already. sides, held: the other ones, and what they change.
+        Gives the change, and the loss on the targets before each step and after the last.
         """
         lm, wise = self.lm, self.method
-        assert wise.steps is not None  # for_model filled it in
+        assert wise.steps is not None and wise.beside is not None and wise.replay is not None  # for_model filled them in
         alpha, beta, gamma = self._margins
-        texts = [*encoded, *self._behind_prefixes(facts)]
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
+        asked_now = {text.prompt_ids for text in encoded}
+        said = {text.prompt_ids: text for text in before if text.prompt_ids not in asked_now}  # of each question the last answer
+        new = [*encoded, *self._behind_prefixes(facts)]
+        again = _some(list(said.values()), wise.replay, draw)
+        texts = [*new, *again]
         batch = lm.batch(texts)
         # Behind a prefix only the prompt's own tokens are to stir.
-        lengths = torch.tensor([len(text.prompt_ids) for text in encoded] * (1 + wise.prefixes), device=lm.device)
+        own = [text.prompt_length for text in encoded] * (1 + wise.prefixes) + [text.prompt_length for text in again]
+        lengths = torch.tensor(own, device=lm.device)
         ends = torch.tensor([text.prompt_length for text in texts], device=lm.device)
         columns = torch.arange(batch.input_ids.shape[1], device=lm.device)
         asked = (columns < ends[:, None]) & (columns >= (ends - lengths)[:, None])  # [B, T]
-        far, far_asked = self._keys(self._irrelevant(facts))
+        others = [text for one in sides for text in one.texts if text.prompt_ids not in asked_now]
+        far = self._keys([*self._encoded(_some(without(self.prompts, facts), wise.beside, draw)), *_some(others, wise.beside, draw)])
         module = submodule(lm.model, self.module)
         main = matrix(module).detach().to(change)
         change = change.clone().requires_grad_()
         losses: list[float] = []
-        with from_layer(lm, self.layer, states_at(lm, batch, self.layer)):
+        with from_layer(lm, self.layer, states_at(lm, batch, self.layer)) as whole:
             with torch.no_grad(), capture(lm.model, {"x": self.module}, inputs=True) as seen:
                 reference = lm.target_logits(batch) if self.objective.needs_reference else None
                 run_to(lm, batch, self.layer)
-                near = seen["x"].reshape(len(texts), -1, self.shape[1]).to(change)  # the same at every step, as the layer's keys are
-                asked = asked.to(near.device)
+                x = seen["x"].reshape(len(texts), -1, self.shape[1]).to(change)  # the same at every step, as the layer's keys are
+                near = x, asked.to(x.device)
                 claimed = [
                     torch.where(stirred > one.threshold, stirred + gamma, 0.0)
-                    for one, stirred in ((one, distances(near, other.to(change), asked)) for one, other in zip(sides, held, strict=True))
+                    for one, stirred in ((one, distances(*near, other.to(change))) for one, other in zip(sides, held, strict=True))
                 ]
-                betas = torch.stack([torch.full_like(near[:, 0, 0], beta), *claimed]).amax(0)  # [B]
+                betas = torch.stack([torch.full_like(x[:, 0, 0], beta), *claimed]).amax(0)  # [B]
+
+            def stir(_: Tensor) -> Tensor:
+                return x @ change.mT
+
             for step in range(wise.steps + 1):
-                with add_to_output(module, near @ change.mT):
+                if self.watch:
+                    so_far = change.detach()
+                    now = side(so_far, allowed, self._threshold(distances(*near, so_far)), (*before, *encoded))
+                    self.watch(step, half_made(lm, SideMemory("", None, self.module, self.shape, (*sides, now)), whole))
+                with add_to_output(module, stir):
                     logits = lm.target_logits(batch)
                 value = self.objective.evaluate(logits, batch.targets, batch.mask, reference)
-                inside, outside = distances(near, change, asked), distances(far, change, far_asked)
-                apart = margin(inside, outside, alpha, betas, gamma) / self.unit
+                apart = margin(distances(*near, change), distances(*far, change), alpha, betas, gamma) / self.unit
+                total = value.loss[: len(new)].mean() + (value.loss[len(new) :].mean() if again else 0.0)
                 losses.append(value.loss[: len(facts)].mean().item())
                 refuse_broken(lm, losses)
-                learnt = value.loss.mean().item() < wise.stop or bool(value.finished.all())
+                learnt = total.item() < wise.stop or bool(value.finished.all())
                 if step == wise.steps or (learnt and apart.item() < wise.stop):
                     break
-                (gradient,) = torch.autograd.grad(value.loss.mean() + apart.to(value.loss), change)
+                (gradient,) = torch.autograd.grad(total + apart.to(total), change)
                 gradient = gradient.where(allowed, 0.0)
                 if not bool(gradient.any()):
                     break  # all tokens are clipped, and what has never stirred cannot be told where to
                 with torch.no_grad():
-                    change -= self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0)
-            return change.detach(), losses, inside.detach()[: len(facts)]
+                    change.sub_(self.rate * (gradient + wise.decay * (main + change)).where(allowed, 0.0))
+            return change.detach(), losses
 
     def _merged(self, sides: list[Side]) -> list[Side]:
         """With the closed shards made one, if they hold enough; their thresholds are taken anew, since other weights stir otherwise."""
@@ -244,7 +284,7 @@ class _Siding(Session):
         counts = [float(len(one.texts)) for one in parts]
         change = ties([one.change(self.shape).to(self._device) for one in parts], counts, wise.density)
         texts = tuple(text for one in parts for text in one.texts)
-        found = torch.cat([distances(x, change, asked) for x, asked in map(self._keys, _chunks(texts))])
+        found = torch.cat([distances(*keys, change) for keys in map(self._keys, _chunks(texts))])
         whole = side(change, change != 0, self._threshold(found), texts, merged=True)
         return [*(one for one in sides if one not in parts), whole]
 
@@ -271,11 +311,15 @@ class _Siding(Session):
                 check_length(self.lm, fact, made[-1:])
         return made
 
-    def _irrelevant(self, facts: list[Fact]) -> list[Encoded]:
-        """Some of the irrelevant prompts, drawn for this edit."""
-        prompts = without(self.prompts, facts)
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
-        return self._encoded([prompts[i] for i in torch.randperm(len(prompts), generator=draw)[: self.method.beside].tolist()])
+    def _own(self, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """`_keys` of the open shard's questions; each is asked once, alone, so that they are the same bits when a sequence goes on."""
+        for text in texts:
+            if text not in self._kept:
+                self._kept[text] = self._keys([text])[0][0].to(self.lm.dtype)
+        rows = [self._kept[text] for text in texts]
+        there = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
+        x, asked = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, there))
+        return x.to(self._dtype), asked
 
     def _encoded(self, prompts: Sequence[str]) -> list[Encoded]:
         """As questions, the end of each where it is too long for the model."""
@@ -335,3 +379,7 @@ class _Siding(Session):
 
 def _chunks(texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
     return [texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK)]
+
+
+def _some(items: Sequence[T], count: int, draw: torch.Generator) -> list[T]:
+    return [items[i] for i in torch.randperm(len(items), generator=draw)[:count].tolist()]
