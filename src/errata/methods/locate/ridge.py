@@ -109,10 +109,10 @@ class Rows:
 class Ridge:
     """β with (A + HHᵀ + KᵀK) β = K (slack 1), or the equality ΔK = R in the metric A + HHᵀ (slack 0); see the module.
 
-    M is prior − VᵀV, V [T, d_in] for T remembered keys: 2·T·d_in numbers are read for each solve, T·d_in are kept. When T reaches `fold_at`,
+    M is prior − VᵀV, V [T, d_in] for T remembered keys: 2·T·d_in numbers are read for each solve, T·d_in are kept. When T reaches `fold_at`
     M becomes dense, [d_in, d_in], and time and memory stop growing; later keys gather in V by blocks of 32. Becoming dense costs about
-    3·d_in³ operations, once, and nothing else here is of that order. By default that is at the first key up to d_in = `EVEN`, for an even
-    cost from the first edit to the last, and above at d_in / 2 keys, where V costs as much as one pass over a dense matrix and half its
+    3·d_in³ operations, once, and nothing else here is of that order. By default that is with the first key up to d_in = `EVEN`, for an
+    even cost from the first edit to the last; above, at d_in / 2, where V costs as much as one pass over a dense matrix and half its
     memory. A number no run reaches: never dense.
 
     dtype: float64. What the history leaves of M is a difference of numbers as large as the prior, so β errs, relatively, by about
