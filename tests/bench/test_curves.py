@@ -67,13 +67,13 @@ def test_editors_without_steps_have_no_curves(tmp_path: Path, lm: LanguageModel)
 def test_draw_all_and_one(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["draw", str(ran), "--to", str(tmp_path / "all"), "--json"]) == 0
     names = [Path(path).name for path in json.loads(capsys.readouterr().out)["files"]]
-    assert names == ["figure1.png", "figure2.png", "figure3.png"]
+    assert names == ["figure1.png", "figure2.png", "figure3.png", "overtone-table.md"]
     assert call(["draw", str(ran), "--to", str(tmp_path / "one"), "--case", "1"]) == 0
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["figure1.png", "figure2.png"]
     assert (tmp_path / "one" / "figure1.png").read_bytes() != (tmp_path / "all" / "figure1.png").read_bytes()
     assert call(["draw", str(ran), "--case", "7"]) == 2 and "has no case '7'" in capsys.readouterr().err
     assert call(["draw", str(ran), str(ran), "--to", str(tmp_path / "both"), "--what", "figure3"]) == 0
-    assert call(["draw", str(ran), str(ran)]) == 2 and "figure3 alone" in capsys.readouterr().err
+    assert call(["draw", str(ran), str(ran)]) == 2 and "figure3 and overtone-table alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from errata.bench.run import parts
 from errata.cli import call
 from errata.data import atlas
 from errata.facts import EditCase, Fact
-from errata.report import DRAWINGS, PICTURES
+from errata.objectives import Overtone
+from errata.report import DRAWINGS, OF_CASES, PICTURES
 from errata.report.tables import edited
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes" / "deltaedit").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+DELTAEDIT, OVERTONE = ([path for path in RECIPES if path.parent.name == paper] for paper in ("deltaedit", "overtone"))
 CHECKPOINTS = (200, 500, 1000, 1500, 2000, 2500, 3000)
 
-every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+of_deltaedit = pytest.mark.parametrize("path", DELTAEDIT, ids=lambda path: path.stem)
+of_overtone = pytest.mark.parametrize("path", OVERTONE, ids=lambda path: path.stem)
 Planned = Callable[..., Plan]
 
 
@@ -54,8 +58,16 @@ def commands(path: Path) -> dict[str, list[str]]:
     return {what: shlex.split(line.partition("errata bench ")[2].removesuffix(" --out RUN")) for what, line in said.items()}
 
 
-def test_there_is_one_for_each_item_of_the_paper() -> None:
-    first = " ".join(path.read_text().splitlines()[0] for path in RECIPES)
+def first_lines(paths: list[Path]) -> str:
+    return " ".join(path.read_text().splitlines()[0] for path in paths)
+
+
+def test_there_is_no_other_paper() -> None:
+    assert sorted([*DELTAEDIT, *OVERTONE]) == RECIPES
+
+
+def test_there_is_one_for_each_item_of_deltaedit() -> None:
+    first = first_lines(DELTAEDIT)
     for item in (
         "Table 1",
         "Table 2",
@@ -72,7 +84,49 @@ def test_there_is_one_for_each_item_of_the_paper() -> None:
         assert f"{item}:" in first or f"{item}," in first or f"{item}a:" in first, item
 
 
-@every
+def test_there_is_one_for_each_item_of_overtone() -> None:
+    first = first_lines(OVERTONE)
+    for item in ("Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "Figure 1", "Figure 2", "Figure 3"):
+        assert f"{item}:" in first or f"{item}," in first, item
+
+
+@of_overtone
+@pytest.mark.parametrize("model", [None, "atlas"])
+def test_a_recipe_of_overtone_is_a_plan_whose_parts_fit(path: Path, model: str | None) -> None:
+    """For the recipe's own model and, with what it says of that, for the bundled one."""
+    plan = Plan.read(path).resolved(model)
+    assert plan.drawings and set(plan.drawings) <= OF_CASES and plan.sequence is None
+    assert set(plan.to_dict()) >= set(yaml.safe_load(path.read_text()))
+    for row in plan.rows:
+        parts(row.method, row.objective, plan.settings)
+    assert all((row.method, row.objective) not in {("rome", "overtone"), ("memit", "overtone")} for row in plan.rows), "the paper's are not"
+    assert plan.curves == bool(set(plan.drawings) & {"figure1", "figure2"})
+
+
+@of_overtone
+def test_the_comment_of_a_recipe_of_overtone_says_how_it_is_run(path: Path, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    said = commands(path)
+    assert all(arguments[0] == str(path.relative_to(ROOT)) for arguments in said.values())
+    own, whole = Plan.read(path).resolved(), planned(*said["Run"])
+    beside = {"wise": {"irrelevant": "DATA/zsre_mend_train_10000.json"}} if "wise" in own.methods else {}
+    assert whole == replace(own, settings={**own.settings, **beside})
+    small = planned(*said["Here"])
+    assert (small.model, small.data, small.protocol, small.rows) == ("atlas", "atlas", own.protocol, own.rows)
+    assert small.settings == Plan.read(path).resolved("atlas").settings and small.limit is not None
+
+
+def test_the_ablation_is_one_switch_a_row() -> None:
+    plan = Plan.read(ROOT / "recipes" / "overtone" / "table3.yaml")
+    losses = {row.name: parts(row.method, row.objective, plan.settings)[1] for row in plan.rows if row.seed == 0}
+    whole = losses["lora+overtone"]
+    assert isinstance(whole, Overtone) and len(losses) == 6
+    switched = {"no-clip": "clip", "no-dyn": "dynamic", "no-check": "check", "no-filter": "filter"}
+    for label, switch in switched.items():
+        assert losses[f"lora@{label}+overtone"] == replace(whole, **{switch: False})
+
+
+@of_deltaedit
 def test_a_recipe_is_a_plan_whose_parts_fit(path: Path) -> None:
     plan = Plan.read(path)
     assert plan.drawings and plan.marks == CHECKPOINTS and plan.sequence == 3000 and plan.batch == 1
@@ -85,7 +139,7 @@ def test_a_recipe_is_a_plan_whose_parts_fit(path: Path) -> None:
         assert [f"deltaedit@eta={value:g}" for value in etas] == list(plan.methods)
 
 
-@every
+@of_deltaedit
 def test_its_comment_says_how_it_is_run(path: Path, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     said = commands(path)
@@ -100,7 +154,7 @@ def test_its_comment_says_how_it_is_run(path: Path, planned: Planned, monkeypatc
     assert set(edited(small.transcripts, facts)) == set(small.transcripts), "the case study is about someone who is edited"
 
 
-@every
+@of_deltaedit
 def test_the_readme_lists_it_with_what_it_draws(path: Path) -> None:
     (line,) = [line for line in (ROOT / "recipes" / "README.md").read_text().splitlines() if f"{path.relative_to(ROOT)}`" in line]
     named = [name for name in DRAWINGS if f"`{name}`" in line]

@@ -215,15 +215,17 @@ def test_lora_is_pefts_lora() -> None:
         torch.testing.assert_close(ours, merged, atol=1e-6, rtol=1e-4)
 
 
-def test_ft_is_plain_fine_tuning() -> None:
-    """FT-M from cached states against Adam on the weight itself with full forward passes."""
+@pytest.mark.parametrize("layer", [1, (1,), (3, 1, 2)], ids=str)
+def test_ft_is_plain_fine_tuning(layer: int | tuple[int, ...]) -> None:
+    """FT-M from cached states against Adam on the weights themselves with full forward passes; of several layers, the upper keys move."""
     from errata.lm.tokens import encode
 
     lm = language_model("llama", dtype=torch.float64)
-    made = errata.edit(lm, [FACT, OTHER], methods.get("ft-m", layer=1, steps=6, lr=1e-2))
+    made = errata.edit(lm, [FACT, OTHER], methods.get("ft-m", layer=layer, steps=6, lr=1e-2))
     plain = language_model("llama", dtype=torch.float64)
-    weight = plain.model.model.layers[1].mlp.down_proj.weight
-    adam = torch.optim.Adam([weight], lr=1e-2)
+    layers = [layer] if isinstance(layer, int) else sorted(layer)
+    down = [plain.model.model.layers[i].mlp.down_proj.weight for i in layers]
+    adam = torch.optim.Adam(down, lr=1e-2)
     for _ in range(6):
         losses = []
         for fact in (FACT, OTHER):
@@ -234,8 +236,11 @@ def test_ft_is_plain_fine_tuning() -> None:
         adam.zero_grad()
         torch.stack(losses).mean().backward()
         adam.step()
+    assert [delta.path for delta in made.deltas] == [lm.anatomy.mlp_down[i] for i in layers]
     with made.applied_():
-        torch.testing.assert_close(lm.model.model.layers[1].mlp.down_proj.weight, weight, atol=1e-6, rtol=0)  # the norms compute in float32
+        for i, weight in zip(layers, down, strict=True):
+            ours = lm.model.model.layers[i].mlp.down_proj.weight
+            torch.testing.assert_close(ours, weight, atol=1e-6, rtol=0)  # the norms compute in float32
 
 
 def test_ft_clamp_limits_every_entry() -> None:
@@ -277,6 +282,8 @@ def test_names_and_requests_that_do_not_fit() -> None:
         methods.get("ftm")
     with pytest.raises(ModelError, match="layers 0 to 3, not 9"):
         errata.edit(lm, FACT, methods.get("ft-m", layer=9))
+    with pytest.raises(ModelError, match="layers 0 to 3, not 9"):
+        errata.edit(lm, FACT, methods.get("ft-m", layer=(1, 9)))
     with pytest.raises(ModelError, match="no module named query"):
         errata.edit(lm, FACT, methods.get("lora", targets=("query",)))
     with pytest.raises(FactError, match="at least one fact"):
@@ -337,6 +344,7 @@ def test_families_are_recognised_by_shape(config: dict[str, Any], expected: str 
     [
         (lambda: errata.FT(variant="z"), "variant must be 'm'"),  # type: ignore[arg-type]
         (lambda: errata.FT(steps=0), "ft-m: steps must be at least 1"),
+        (lambda: errata.FT(layer=(2, 2)), "ft-m: layer must be one layer, or several that differ"),
         (lambda: errata.FT(lr=-1.0), "lr must be above 0"),
         (lambda: errata.FT(variant="l", clamp=0.0), "ft-l: clamp must be above 0"),
         (lambda: errata.LoRA(rank=0), "lora: rank must be at least 1"),

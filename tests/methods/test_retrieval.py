@@ -81,7 +81,7 @@ def test_an_objective_is_refused_and_stands_in_no_plan() -> None:
 @pytest.mark.parametrize("protocol", ["single", "sequential:2"])
 def test_it_is_measured_like_any_other(protocol: str, tmp_path: Any) -> None:
     cases = [EditCase(f.subject, (f,), locality={"far": (Probe("Lyon lies in", ("France",)),)}) for f in (FACT, OTHER)]
-    plan = Plan("tiny", "cases", ("retrieval",), ("ce", "overtone"), protocol, threads=1)
+    plan = Plan("tiny", "cases", ("retrieval",), ("ce", "overtone"), protocol=protocol, threads=1)
     results = run(plan, tmp_path / "run", load=lambda: language_model("llama"), cases=cases)
     (row,) = results["rows"]
     assert (row["method"], row["objective"], row["n"], row["failed"]) == ("retrieval", "none", 2, 0)

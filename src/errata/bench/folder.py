@@ -81,9 +81,7 @@ def read_records(path: Path) -> dict[Key, Record]:
             what = record["step"] if "step" in record else record["case"]
             records[f"{record['method']}+{record['objective']}", record["seed"], what] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(
-                f"{path}, line {number} is damaged ({error!r}); remove the line and resume: it is measured again"
-            ) from error
+            raise PlanError(f"{path}, line {number} is damaged ({error!r}); remove the line and resume: it is measured again") from error
     return records
 
 

@@ -115,9 +115,7 @@ def _edits(lm: LanguageModel, world: World, cases: Sequence[EditCase], layer: in
     sweep = Sweep(lm, requests, [layer])
     base, keys = sweep.outputs[:, 0], sweep.keys.mean(1)
     # Summed over tokens: p > 0.9 is asked of the whole target, however many tokens it has.
-    found = find_values(
-        lm, layer, requests, base, Search(steps=25, lr=lr, decay=1e-3, clamp=4.0, stop=2e-2), CrossEntropy(reduction="sum")
-    )
+    found = find_values(lm, layer, requests, base, Search(steps=25, lr=lr, decay=1e-3, clamp=4.0, stop=2e-2), CrossEntropy(reduction="sum"))
     plain = [encode_fact(lm, fact) for fact in facts]
     other = [encode_fact(lm, Fact(case.rephrases[0].prompt, fact.subject, fact.target)) for case, fact in zip(cases, facts, strict=True)]
 

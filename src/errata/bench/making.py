@@ -1,4 +1,4 @@
-"""One edit, made under a seed of its own and watched: what it took, and what of its diagnostics goes into a line."""
+"""One edit, made under a seed of its own and watched, and applied for good: what it took, and what of it goes into a line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from errata.bench.memory import watch_peak
+from errata.edits import DenseDelta, Stack
+from errata.lm.capture import submodule
 
 if TYPE_CHECKING:
     from errata.edits import Edit
+    from errata.lm import LanguageModel
 
 
 class Made(NamedTuple):
@@ -30,6 +33,22 @@ def watched(device: torch.device, seed: int, make: Callable[[], Edit]) -> Made:
         edit = make()
         wait_for(device)
         return Made(edit, time.perf_counter() - clock, peak())
+
+
+def settle(lm: LanguageModel, edit: Edit) -> None:
+    """Apply an edit that more are to follow. Those with whole matrices, or a memory, are folded: one an edit would soon outweigh the model.
+
+    Raises FloatingPointError if that would leave weights that are not finite; then nothing is applied.
+    """
+    edit.apply()
+    for path in dict.fromkeys(delta.path for delta in edit.deltas):
+        weight: torch.Tensor = submodule(lm.model, path).weight  # type: ignore[assignment]  # the edit has been applied there
+        if not weight.isfinite().all():
+            edit.revert()
+            raise FloatingPointError(f"the edit would leave {path} with weights that are not finite")
+    if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+        Stack.of(lm).fold()
+    wait_for(lm.device)
 
 
 def short(diagnostics: Mapping[str, Any]) -> dict[str, Any]:

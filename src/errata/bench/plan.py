@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -19,7 +19,7 @@ from errata.facts import EditCase
 from errata.methods import WITHOUT_OBJECTIVE
 from errata.report import CURVES, DRAWINGS, OF_CASES
 
-PROTOCOLS: Mapping[str, str | None] = {"single": None, "sequential": "N"}
+PROTOCOLS: Mapping[str, str | None] = {"single": None, "continual": "T", "sequential": "N"}
 """Name -> what the number behind it is called; None where it takes none."""
 NO_OBJECTIVE = "none"
 """What stands in the column of the objective beside a method that optimises nothing."""
@@ -40,7 +40,7 @@ class Protocol(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Protocol:
-        """Read "single" or "sequential:500". Raises PlanError for an unknown name, a missing or a needless number."""
+        """Read "single", "continual:10" or "sequential:500". Raises PlanError for an unknown name, a missing or a needless number."""
         name, colon, number = text.partition(":")
         if name not in PROTOCOLS:
             known = [kind if what is None else f"{kind}:{what}" for kind, what in PROTOCOLS.items()]
@@ -84,10 +84,13 @@ class Plan:
 
     methods, objectives: names of the registries; every method is run with every objective, and once if it optimises nothing. A method
         may stand there several times, each time with a label of its own behind an "@": "deltaedit@eta=2".
-    protocol: "single" (each case from the unedited model, measured after its edit), or "sequential:N" (N cases in a row, in an order
-        of the seed's own).
+    only: method -> the objectives that it is run with, where these are not all.
+    protocol: "single" (each case from the unedited model, measured after its edit), "continual:T" (T cases in a row, measured, then again
+        from the unedited model, until all cases are edited), or "sequential:N" (N cases in a row). The last two take the cases in an
+        order of the seed's own.
     checkpoints: numbers of edits after which a sequence is measured; N is always one. Empty: five equal parts.
-    measure: "after-sequence": at a checkpoint, every case so far; "after-each": every case right after its own edit; or "both".
+    measure: "after-sequence": at a checkpoint, every case so far, or after a block of T all of its cases; "after-each": every case right
+        after its own edit; or "both".
     batch: so many cases of a sequence are edited together.
     curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
@@ -96,6 +99,7 @@ class Plan:
     seeds: one set of rows for each.
     settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
         last is for the objective in that company only. Those of a labelled method come on top of those of the method.
+    overrides: model -> settings on top of these where the plan is run with that model; see `resolved`.
     dtype: the type of the weights; None: the checkpoint's own.
     threads: torch threads; part of the plan because sums in another order may differ in the last bit.
     data_hash, model_fingerprint, versions: filled in when the run starts, checked when it goes on.
@@ -105,6 +109,8 @@ class Plan:
     data: str
     methods: tuple[str, ...]
     objectives: tuple[str, ...] = ("ce",)
+    _: KW_ONLY
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     protocol: str = "single"
     checkpoints: tuple[int, ...] = ()
     measure: str = "after-sequence"
@@ -116,6 +122,7 @@ class Plan:
     split: str | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Settings = field(default_factory=dict)
+    overrides: Mapping[str, Settings] = field(default_factory=dict)
     dtype: str | None = None
     threads: int | None = None
     data_hash: str | None = None
@@ -134,10 +141,17 @@ class Plan:
         for name in self.methods:
             if "@" in name and not (unlabelled(name) and name.partition("@")[2]):
                 raise PlanError(f"cannot read the method {name!r}; write a label as method@label, for instance deltaedit@eta=2")
+        for name, chosen in self.only.items():
+            for value, known in ((name, self.methods), *((objective, self.objectives) for objective in chosen)):
+                if value not in known:
+                    raise PlanError(f"only: {value!r} is not used here{did_you_mean(value, known)}")
+            if not chosen:
+                raise PlanError(f"only: {name} is left without an objective; leave the method out")
         self._check_sequence()
         if self.limit is not None and self.limit < 1:
             raise PlanError(f"limit must be at least 1 (got {self.limit}); leave it out for all cases")
-        check_owners(self.settings, self.methods, self.objectives)
+        for settings in (self.settings, *self.overrides.values()):
+            check_owners(settings, self.methods, self.objectives)
 
     def _check_sequence(self) -> None:
         if self.measure not in MEASURES:
@@ -146,16 +160,16 @@ class Plan:
             raise PlanError(f"unknown drawing {unknown[0]!r}{did_you_mean(unknown[0], DRAWINGS)}")
         if self.batch < 1:
             raise PlanError(f"batch must be at least 1 (got {self.batch})")
-        size = Protocol.parse(self.protocol).size
+        size = self.sequence
         if self.curves and self.protocol != "single":
             raise PlanError(f"curves are of single edits, not of the protocol {self.protocol!r}; leave one of them out")
         if not self.curves and (drawn := [name for name in self.drawings if name in CURVES]):
             raise PlanError(f"{drawn[0]} is drawn from curves; add curves: true, or leave it out")
         if other := [name for name in self.drawings if (name in OF_CASES) != (size is None)]:
-            fitting = "sequential:N" if size is None else "single"
+            fitting = "sequential:N" if size is None else "single or continual:T"
             raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
         if size is None:
-            alone = {"checkpoints": (), "measure": MEASURES[0], "batch": 1, "transcripts": ()}
+            alone = {"checkpoints": (), "batch": 1, "transcripts": ()} | ({} if self.block else {"measure": MEASURES[0]})
             for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")
@@ -170,7 +184,14 @@ class Plan:
     @property
     def sequence(self) -> int | None:
         """The number of cases in a sequence; None where the protocol has none."""
-        return Protocol.parse(self.protocol).size
+        name, size = Protocol.parse(self.protocol)
+        return size if name == "sequential" else None
+
+    @property
+    def block(self) -> int | None:
+        """The number of cases that are edited in a row before the model is the unedited one again; None where the protocol has none."""
+        name, size = Protocol.parse(self.protocol)
+        return size if name == "continual" else None
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -184,30 +205,36 @@ class Plan:
     @property
     def rows(self) -> list[Row]:
         """The table's lines, in its order. A method that optimises nothing stands there once."""
-        return [
-            Row(method, objective, seed)
-            for seed in self.seeds
-            for method in self.methods
-            for objective in ((NO_OBJECTIVE,) if unlabelled(method) in WITHOUT_OBJECTIVE else self.objectives)
-        ]
+        return [Row(method, objective, seed) for seed in self.seeds for method in self.methods for objective in self._objectives(method)]
+
+    def _objectives(self, method: str) -> Sequence[str]:
+        """Those of `only` in the plan's order; a method that optimises nothing has none of them."""
+        if unlabelled(method) in WITHOUT_OBJECTIVE:
+            return (NO_OBJECTIVE,)
+        return [objective for objective in self.objectives if objective in self.only.get(method, self.objectives)]
+
+    def resolved(self, model: str | None = None) -> Plan:
+        """The plan as it is run with its model, or with another: with the settings that it has for that model, and no overrides."""
+        model = model or self.model
+        return replace(self, model=model, settings=merged(self.settings, self.overrides.get(model, {})), overrides={})
 
     def draw(self, cases: Sequence[EditCase], seed: int) -> list[EditCase]:
-        """The cases of a seed, in the data's order; those of a sequence in an order that is drawn too.
+        """The cases of a seed, in the data's order; those that are edited in a row in an order that is drawn too.
 
-        Another seed draws others: several seeds say how much the choice of cases matters. Raises PlanError for a sequence that is
-        longer than the data.
+        Single and continual editing draw the same cases. Another seed draws others: several seeds say how much the choice of cases
+        matters. Raises PlanError for a sequence that is longer than the data.
         """
         if self.sequence is not None:
             if self.sequence > len(cases):
                 raise PlanError(f"a sequence of {self.sequence} needs as many cases; {self.data} has {len(cases)}: give at most so many")
             return random.Random(seed).sample(list(cases), self.sequence)
-        if self.limit is None or self.limit >= len(cases):
-            return list(cases)
-        return [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), self.limit))]
+        drawn = random.Random(seed).sample(range(len(cases)), min(self.limit or len(cases), len(cases)))
+        return [cases[i] for i in (drawn if self.block else sorted(drawn))]
 
     def to_dict(self) -> dict[str, Any]:
         """A YAML-ready mapping; `from_dict` reads it back."""
         record = asdict(self)
+        record["only"] = {method: list(chosen) for method, chosen in self.only.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
 
     @classmethod
@@ -232,10 +259,16 @@ class Plan:
                 raise PlanError(f"{where}: {name} must be a whole number (got {values[name]!r})")
         if type(values.get("curves", False)) is not bool:
             raise PlanError(f"{where}: curves must be true or false (got {values['curves']!r})")
-        settings = values.get("settings") or {}
-        if not isinstance(settings, Mapping) or not all(isinstance(inner, Mapping) for inner in settings.values()):
-            raise PlanError(f"{where}: settings must be a mapping like {{lora: {{lr: 0.001}}}} (got {settings!r})")
-        values["settings"] = {owner: {name: _scalar(value) for name, value in inner.items()} for owner, inner in settings.items()}
+        only = values.get("only") or {}
+        if not isinstance(only, Mapping) or not all(isinstance(chosen, list | tuple) for chosen in only.values()):
+            raise PlanError(f"{where}: only must be a mapping like {{rome: [ce]}} (got {only!r})")
+        values["only"] = {method: tuple(map(str, chosen)) for method, chosen in only.items()}
+        values["settings"] = _settings(values.get("settings"), f"{where}: settings must be a mapping like {{lora: {{lr: 0.001}}}}")
+        overrides = values.get("overrides") or {}
+        wrong = f"{where}: overrides must be a mapping like {{atlas: {{lora: {{lr: 0.001}}}}}}"
+        if not isinstance(overrides, Mapping):
+            raise PlanError(f"{wrong} (got {overrides!r})")
+        values["overrides"] = {model: _settings(settings, wrong) for model, settings in overrides.items()}
         return cls(**values)
 
     @classmethod
@@ -298,6 +331,11 @@ def check_owners(settings: Settings, methods: Iterable[str], objectives: Iterabl
             raise PlanError(f"settings for {name!r}, which is not used here{did_you_mean(name, known)}")
 
 
+def merged(settings: Settings, more: Settings) -> dict[str, dict[str, Any]]:
+    """`settings` with those of `more` in the place of, or beside, its own."""
+    return {owner: {**settings.get(owner, {}), **more.get(owner, {})} for owner in dict.fromkeys([*settings, *more])}
+
+
 def unlabelled(method: str) -> str:
     """The method's name in the registry: "deltaedit" of "deltaedit@eta=2"."""
     return method.partition("@")[0]
@@ -310,6 +348,14 @@ def known_split(split: str | None) -> Literal["dev", "test"]:
     if split == "dev":
         return "dev"
     raise PlanError(f"the bundled world has no split {split!r}{did_you_mean(split, ('dev', 'test'))}")
+
+
+def _settings(given: Any, wrong: str) -> Settings:
+    """What stands under `settings`, numbers read as such. Raises PlanError that begins with `wrong`."""
+    settings = given or {}
+    if not isinstance(settings, Mapping) or not all(isinstance(inner, Mapping) for inner in settings.values()):
+        raise PlanError(f"{wrong} (got {settings!r})")
+    return {owner: {name: _scalar(value) for name, value in inner.items()} for owner, inner in settings.items()}
 
 
 def _scalar(value: Any) -> Any:

@@ -25,8 +25,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `results.json`: rows in the plan's order, each over its seed's cases in the order in which they were drawn."""
     if plan.sequence is None:
-        keys = {row: [key_of(row, case) for case in case_ids[row.seed]] for row in plan.rows}
-        rows = [_row(plan, row, [records[key] for key in keys[row] if key in records]) for row in plan.rows]
+        rows = [_row(plan, row, case_ids[row.seed], records) for row in plan.rows]
     else:
         rows = [sequence_row(plan, row, case_ids[row.seed], records) for row in plan.rows]
     over = {"over_seeds": over_seeds(rows)} if len(plan.seeds) > 1 else {}
@@ -60,22 +59,34 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _row(plan: Plan, row: Row, records: Sequence[Record]) -> dict[str, Any]:
-    measured = [record for record in records if "error" not in record]
+def _row(plan: Plan, row: Row, case_ids: Sequence[str], lines: Mapping[Key, Record]) -> dict[str, Any]:
+    """n: the cases that were measured; failed: the cases whose edit could not be made. In continual editing one whose edit broke down is
+    measured too, as the model without it answers."""
+    records = [lines[key] for case in case_ids if (key := key_of(row, case)) in lines]
+    measured = [record for record in records if "reliability" in record]
+    made = [record for record in records if "error" not in record]
+    several = {} if plan.block is None else _blocks(plan.measure, plan.block, len(case_ids))
+    after_each = [seen for record in records if "reliability" in (seen := record.get("after_each", {}))]
     return {
         "method": row.method,
         "objective": row.objective,
         "protocol": plan.protocol,
+        **several,
         "n": len(measured),
-        "failed": len(records) - len(measured),
+        "failed": len(records) - len(made),
         "seed": row.seed,
-        "metrics": rounded(means(measured)),
+        "metrics": {**rounded(means(measured)), **({"after_each": rounded(means(after_each))} if after_each else {})},
         "intervals": intervals(measured),
-        "seconds_per_edit": fmean(record["seconds"]["edit"] for record in measured) if measured else None,
-        "peak_memory_mb": max((record["peak_memory_mb"] for record in measured), default=None),
-        "settings": measured[0]["settings"] if measured else {},
+        "seconds_per_edit": fmean(record["seconds"]["edit"] for record in made) if made else None,
+        "peak_memory_mb": max((record["peak_memory_mb"] for record in made), default=None),
+        "settings": made[0]["settings"] if made else {},
         **({"curves": averaged(measured)} if plan.curves else {}),
     }
+
+
+def _blocks(measure: str, size: int, cases: int) -> dict[str, Any]:
+    """When the cases were measured, in how many blocks they were edited, and how many the last one had."""
+    return {"measure": measure, "blocks": -(-cases // size), "last_block": (cases - 1) % size + 1 if cases else 0}
 
 
 def averaged(records: Sequence[Record]) -> dict[str, Any] | None:

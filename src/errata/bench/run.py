@@ -1,5 +1,5 @@
 """Run a plan. The single protocol is here: for every row and case edit, apply, measure, revert, and write the line down before the next
-begins; a sequence is in `errata.bench.sequence`."""
+begins; blocks of edits in a row are in `errata.bench.continual`, a sequence in `errata.bench.sequence`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import data, methods
-from errata.bench import sequence
+from errata.bench import continual, sequence
 from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
+from errata.bench.outcomes import outcomes
 from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
 from errata.lm import LanguageModel, ModelError
 from errata.lm import load as load_model
-from errata.metrics import generation, multihop, teacher_forced
 from errata.metrics import summarise as means
+from errata.metrics import teacher_forced
 from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def run(
     `failed`, and is in no mean.
     """
     out = Path(out)
+    plan = plan.resolved()
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
     rows = [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
     source = None
@@ -78,14 +80,20 @@ def run(
             method.start(lm, objective=objective)  # what cannot edit this model says so before anything is written
         start(plan, out)
         records = read_records(out / RECORDS)
-        if plan.sequence is None:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
-        else:
+        if plan.sequence is not None:
             sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
+        elif plan.block is not None:
+            continual.fill(plan, rows, drawn, lm, out / RECORDS, records, progress)
+        else:
+            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves)
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
-    results = summarise(plan, {seed: [case.id for case in chosen] for seed, chosen in drawn.items()}, records, where)
+    asked = {seed: [case.id for case in chosen] for seed, chosen in drawn.items()}
+    if plan.sequence is None:  # the data's order: a table does not depend on the order of the edits within it
+        place = {case: number for number, case in enumerate(ids)}
+        asked = {seed: sorted(chosen, key=place.__getitem__) for seed, chosen in asked.items()}
+    results = summarise(plan, asked, records, where)
     write_whole(out / RESULTS, dump(results))
     shutil.rmtree(out / STATE, ignore_errors=True)
     return results
@@ -113,14 +121,14 @@ def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = N
 
     Without an edit, reliability says how often the new answers are there before any editing, and there is no locality.
     """
-    outcomes = []
+    found = []
     for done, case in enumerate(cases, 1):
         before = teacher_forced.unedited(lm, [case]) if edit else None
         with edit.applied_() if edit else nullcontext():
-            outcomes.append(_outcome(lm, case, before))
+            found += outcomes(lm, [case], before)
         if progress:
             progress(done, len(cases), case.id)
-    return {"n": len(outcomes), "metrics": rounded(means(outcomes)), "intervals": intervals(outcomes)}
+    return {"n": len(found), "metrics": rounded(means(found)), "intervals": intervals(found)}
 
 
 def _fill(
@@ -192,7 +200,7 @@ def _measure(
         record["curves"] = seen.to_dict() if (seen := lens.curves()) else None
     clock = time.perf_counter()
     with edit.applied_():
-        outcome = _outcome(lm, case, before, row.seed)
+        (outcome,) = outcomes(lm, [case], before, row.seed)
     return record | {
         **outcome,
         "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
@@ -200,18 +208,6 @@ def _measure(
         "settings": {"method": edit.method, "objective": edit.objective},
         "diagnostics": short(edit.diagnostics),
     }
-
-
-def _outcome(lm: LanguageModel, case: EditCase, before: Mapping[str, teacher_forced.Tokens] | None, seed: int = 0) -> dict[str, Any]:
-    """What `errata.metrics.summarise` reads: accuracies, their probes, and what the model writes. seed: of what is sampled."""
-    outcome = teacher_forced.score(lm, case, before).to_dict()
-    del outcome["id"]
-    return outcome | {"generation": generation.score(lm, case).to_dict()} | _questions(lm, case, seed)
-
-
-def _questions(lm: LanguageModel, case: EditCase, seed: int) -> dict[str, Any]:
-    """What the model answers to the case's questions, where it has any."""
-    return {"questions": multihop.score(lm, case, seed).to_dict()} if case.questions else {}
 
 
 @contextmanager

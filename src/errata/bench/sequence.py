@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from errata.bench.folder import RECORDS, STATE, Key, Record, append, key_of, write_whole
-from errata.bench.making import short, wait_for, watched
+from errata.bench.making import settle, short, watched
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.snapshot import Snapshot
-from errata.edits import Delta, DenseDelta, Edit, EditError, Stack
+from errata.edits import Delta, Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError, Probe
 from errata.lm.capture import submodule
 from errata.metrics import generation, noise, probability
@@ -200,15 +200,9 @@ class _Sequence:
         missing = [path for path in paths if path not in edit.keys]
         keys = edit.keys | (noise.keys_of(self.lm, facts, missing) if missing else {})  # before it is applied
         clock = time.perf_counter()
-        edit.apply()
-        wait_for(self.lm.device)
+        settle(self.lm, edit)
         seconds = time.perf_counter() - clock
-        if broken := [path for path in paths if not self._weight(path).isfinite().all()]:
-            edit.revert()
-            raise FloatingPointError(f"the edit would leave {broken[0]} with weights that are not finite")
         trace.add(edit, keys)
-        if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
-            Stack.of(self.lm).fold()  # a whole matrix for each edit would soon outweigh the model
         return {"seconds": {"apply": round(seconds, 6)}}
 
     def _checkpoint(self, session: Session, trace: noise.Trace, edits: int) -> None:

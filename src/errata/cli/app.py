@@ -214,13 +214,18 @@ def bench(
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list methods'.")] = None,
     objectives: Annotated[str | None, typer.Option(metavar="A,B", help="See 'errata list objectives' (default: ce).")] = None,
     protocol: Annotated[
-        str | None, typer.Option(metavar="P", help="single (default): each case from the unedited model. sequential:N: N in a row.")
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="single (default): each case from the unedited model. continual:T: T in a row, measured, then again from the unedited "
+            "model. sequential:N: N in a row.",
+        ),
     ] = None,
     checkpoints: Annotated[
         str | None, typer.Option(metavar="A,B", help="Measure a sequence after so many edits (default: five equal parts).")
     ] = None,
     measure: Annotated[
-        str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints), after-each (its own edit), or both.")
+        str | None, typer.Option(metavar="WHEN", help="after-sequence (at checkpoints, after T edits), after-each (its own edit), or both.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Edit N cases of a sequence together (default: 1).")] = None,
     curves: Annotated[bool, typer.Option("--curves", help="Look at single edits after every step: what figure1 and figure2 show.")] = False,
@@ -239,7 +244,7 @@ def bench(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Methods × objectives over a data set: one edit at a time or many in a row. May be stopped at any moment and resumed."""
+    """Methods × objectives over a data set: one edit at a time, or many in a row. May be stopped at any moment and resumed."""
     given = {
         "model": model,
         "data": data,
@@ -258,7 +263,7 @@ def bench(
         "threads": threads,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    base = _fitting(Plan.read(plan).to_dict(), options) if plan else {}
+    base = _fitting(Plan.read(plan).resolved(model).to_dict(), options) if plan else {}
     settings = {owner: dict(values) for owner, values in base.get("settings", {}).items()}
     for owner, values in parse_settings(setting or ()).items():
         settings.setdefault(owner, {}).update(values)
@@ -304,10 +309,13 @@ def list_(
 
 def _fitting(base: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A plan file's fields, without what has no place any more beside the options: checkpoints beyond a shorter sequence (without any,
-    the plan has its own), and settings of methods that are not run."""
+    the plan has its own), settings of methods that are not run, and `only` where it speaks of what is not run."""
     if "protocol" in options:
-        size = Protocol.parse(options["protocol"]).size or 0
-        base["checkpoints"] = [mark for mark in base["checkpoints"] if mark <= size]
+        name, size = Protocol.parse(options["protocol"])
+        base["checkpoints"] = [mark for mark in base["checkpoints"] if name == "sequential" and mark <= (size or 0)]
+    wanted, objectives = ({**base, **options}[name] for name in ("methods", "objectives"))
+    left = {name: [one for one in only if one in objectives] for name, only in base["only"].items() if name in wanted}
+    base["only"] = {name: only for name, only in left.items() if only}
     gone, kept = ({name for method in source["methods"] for name in (method, unlabelled(method))} for source in (base, {**base, **options}))
     gone -= kept
     base["settings"] = {

@@ -16,14 +16,14 @@ from errata.bench.folder import PLAN, RECORDS, RESULTS, read_records
 from errata.bench.plan import Plan, PlanError, did_you_mean, hash_cases
 from errata.cli import show
 from errata.cli.app import DataDirOption, JsonOption, app
-from errata.report import CURVES, DRAWINGS, PICTURES, DrawingError
+from errata.report import CURVES, DRAWINGS, PICTURES, TOGETHER, DrawingError
 from errata.report.overfitting import together
 from errata.report.tables import Known, Sheet, edited, sheets
 
 
 @app.command()
 def draw(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A folder that 'errata bench' wrote; figure3 takes several.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help=f"Folders that 'errata bench' wrote; several: {', '.join(TOGETHER)}.")],
     what: Annotated[
         str | None, typer.Option(metavar="A,B", help=f"{', '.join(DRAWINGS)} (default: what the plan wants, else all that it can give).")
     ] = None,
@@ -39,8 +39,8 @@ def draw(
     run = runs[0]
     plan, results = Plan.read(run / PLAN), json.loads((run / RESULTS).read_text(encoding="utf-8"))
     if len(runs) > 1:
-        if what != "figure3" or case:
-            raise PlanError("several runs are drawn together by figure3 alone; add --what figure3, or give one run")
+        if case or what is None or not {name.strip() for name in what.split(",")} <= set(TOGETHER):
+            raise PlanError(f"several runs are drawn together by {' and '.join(TOGETHER)} alone; add --what figure3, or give one run")
         results = together([json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in runs])
     if case is not None:
         what, results = what or ",".join(CURVES), _of_case(run, results, case)

@@ -53,27 +53,38 @@ def table(results: Mapping[str, Any]) -> None:
     if any("checkpoints" in row["metrics"] for row in rows):
         return _sequences(results)
     there = [name for name in COLUMNS if any(row["metrics"].get(name) is not None for row in rows)]
+    seeds, failed = len({row["seed"] for row in rows}) > 1, any(row.get("failed") for row in rows)
     drawn = Table("method", "objective", box=None, pad_edge=False)
-    for heading in ["n", *(["seed"] if len({row["seed"] for row in rows}) > 1 else []), *(COLUMNS[name] for name in there), "s/edit", "MB"]:
+    counts = ["n", *(["seed"] if seeds else [])]
+    for heading in [*counts, *(COLUMNS[name] for name in there), "s/edit", "MB", *(["failed"] if failed else [])]:
         drawn.add_column(heading, justify="right")
     for row in rows:
         cells = [row["method"], row["objective"], str(row["n"])]
-        if len({other["seed"] for other in rows}) > 1:
+        if seeds:
             cells.append(str(row["seed"]))
         cells += [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in there]
         cells += [_figure(row["seconds_per_edit"], 2), _figure(row["peak_memory_mb"], 0)]
-        drawn.add_row(*cells)
+        drawn.add_row(*cells, *([str(row["failed"])] if failed else []))
     _print(drawn)
     if over := results.get("over_seeds"):
         _print(_over_seeds(over, there))
     _print(
         Text(
-            "Per cent ± half a 95 % bootstrap interval, measured after each edit. Rel, Gen, Por, Loc: teacher-forced token accuracy. "
+            f"Per cent ± half a 95 % bootstrap interval, {_when(rows[0])}. Rel, Gen, Por, Loc: teacher-forced token accuracy. "
             "EM: greedy generation on the edit prompt, exact match."
             + (" 1-hop, multi-hop: questions answered in the model's own words, temperature 0.1." if "one_hop" in there else ""),
             style="dim",
         )
     )
+
+
+def _when(row: Mapping[str, Any]) -> str:
+    """How the edits of single cases followed one another, and when the cases were measured."""
+    if "blocks" not in row:
+        return "measured after each edit"
+    size, blocks, last = row["protocol"].partition(":")[2], row["blocks"], row["last_block"]
+    short = "" if str(last) == size else f" (the last one {last})" if blocks > 1 else f" ({last}: there are no more cases)"
+    return f"{row['protocol']}: {blocks} times {size} edits in a row{short}, measured: {row['measure']}"
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], there: Sequence[str]) -> Table:

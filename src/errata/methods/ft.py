@@ -1,13 +1,16 @@
-"""Fine-tuning of one MLP down-projection: FT-M on the target's tokens, FT-L on the last prompt position."""
+"""Fine-tuning of MLP down-projections, one as a rule: FT-M on the target's tokens, FT-L on the last prompt position."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 
 from errata.edits.delta import DenseDelta, master_dtype
 from errata.edits.edit import Edit
@@ -29,7 +32,7 @@ class FT(Method):
     """Adam on one MLP down-projection (FT-L: Zhu et al. 2020, Meng et al. 2022; FT-M: Zhang et al. 2024, as in OVERTONE §4.1).
 
     variant: "m": each target token is predicted behind the ones before it. "l": all target tokens are asked of the last prompt position.
-    layer: whose down-projection is trained; None: the family's, else two thirds up.
+    layer: whose down-projection is trained; of several layers, all together; None: the family's, else two thirds up.
     steps, lr: at most so many steps of Adam, no weight decay.
     stop: an edit whose loss falls below is finished (an objective that clips finishes by itself, METHODS "Token-level stop").
     clamp: L∞ limit of the change of every weight, None for no limit; FT-L's is 5e-4 where it is used.
@@ -51,7 +54,7 @@ class FT(Method):
     }
 
     variant: Literal["m", "l"] = "m"
-    layer: int | None = None
+    layer: int | tuple[int, ...] | None = None
     steps: int | None = None
     lr: float | None = None
     stop: float = 1e-2
@@ -60,6 +63,8 @@ class FT(Method):
     def __post_init__(self) -> None:
         if self.variant not in ("m", "l"):
             raise ValueError(f"ft: variant must be 'm' (the target's tokens) or 'l' (the last prompt position), got {self.variant!r}")
+        if isinstance(self.layer, tuple) and (not self.layer or len(set(self.layer)) < len(self.layer)):
+            raise ValueError(f"{self.name}: layer must be one layer, or several that differ, got {self.layer!r}")
         check_range(self.name, "steps", self.steps, 1)
         check_range(self.name, "lr", self.lr, 0, above=True)
         check_range(self.name, "stop", self.stop, 0)
@@ -70,14 +75,20 @@ class FT(Method):
         """ft-m or ft-l."""
         return f"ft-{self.variant}"
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The trained layers, from low to high; none before `for_model` has filled them in."""
+        return () if self.layer is None else (self.layer,) if isinstance(self.layer, int) else tuple(sorted(self.layer))
+
     def start(self, lm: LanguageModel, objective: Objective | None = None, seed: int = 0) -> Session:
         """See `Method.start`."""
         layers = len(lm.anatomy.layers)
         chosen = self.for_model(lm)
         chosen = replace(chosen, layer=2 * layers // 3 if chosen.layer is None else chosen.layer)
-        if not 0 <= chosen.layer < layers:  # type: ignore[operator]  # filled in above
-            raise ModelError(f"{lm.name} has layers 0 to {layers - 1}, not {chosen.layer}; choose one of these for {self.name}")
-        refuse_uneditable(lm, [f"{lm.anatomy.mlp_down[chosen.layer]}.weight"])  # type: ignore[index]
+        for layer in chosen.layers:
+            if not 0 <= layer < layers:
+                raise ModelError(f"{lm.name} has layers 0 to {layers - 1}, not {layer}; choose one of these for {self.name}")
+        refuse_uneditable(lm, [f"{lm.anatomy.mlp_down[layer]}.weight" for layer in chosen.layers])
         return _Tuning(lm, chosen, objective, seed)
 
 
@@ -87,27 +98,26 @@ class _Tuning(Session):
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = time.perf_counter()
         lm, ft = self.lm, self.method
-        assert ft.layer is not None and ft.steps is not None and ft.lr is not None  # for_model filled them in
+        assert ft.layers and ft.steps is not None and ft.lr is not None  # for_model filled them in
         encoded = [self.encode(fact) for fact in facts]
         batch = lm.batch(encoded)
         if ft.variant == "l":  # every target token is asked of the position before the first one
             batch = replace(batch, positions=torch.where(batch.mask, batch.positions[:, :1], batch.positions))
-        path = lm.anatomy.mlp_down[ft.layer]
-        module = submodule(lm.model, path)
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        # Only this projection changes: its input, and everything below its layer, is the same at every step.
-        states = states_at(lm, batch, ft.layer)
-        change = torch.zeros(
-            lm.anatomy.hidden_size, lm.anatomy.key_size, dtype=master_dtype(weight), device=weight.device, requires_grad=True
-        )
-        adam = torch.optim.Adam([change], lr=ft.lr)
+        paths = [lm.anatomy.mlp_down[layer] for layer in ft.layers]
+        modules = {path: submodule(lm.model, path) for path in paths}
+        # Only these projections change: everything below the lowest one's layer, and its input, is the same at every step.
+        states = states_at(lm, batch, ft.layers[0])
+        changes = {path: self._zero(module) for path, module in modules.items()}
+        adam = torch.optim.Adam(changes.values(), lr=ft.lr)
         losses: list[float] = []
         reference = None
-        with from_layer(lm, ft.layer, states) as whole, capture(lm.model, {"k": path}, inputs=True) as seen:
+        with from_layer(lm, ft.layers[0], states) as whole, capture(lm.model, {path: path for path in paths}, inputs=True) as seen:
             if self.objective.needs_reference:
                 with torch.no_grad():
                     reference = lm.target_logits(batch)
-            with add_to_output(module, lambda _: seen["k"].to(change.dtype) @ change.T):
+            with ExitStack() as stack:
+                for path, module in modules.items():
+                    stack.enter_context(add_to_output(module, partial(_written, seen, path, changes[path])))
                 for step in range(ft.steps + 1):
                     if self.watch:
                         self.watch(step, whole())
@@ -116,10 +126,32 @@ class _Tuning(Session):
                     refuse_broken(lm, losses)
                     if step == ft.steps or losses[-1] < ft.stop or bool(value.finished.all()):
                         break
-                    (change.grad,) = torch.autograd.grad(value.loss.mean(), change)
+                    gradients = torch.autograd.grad(value.loss.mean(), list(changes.values()))
+                    for change, gradient in zip(changes.values(), gradients, strict=True):
+                        change.grad = gradient
                     adam.step()
                     if ft.clamp is not None:
-                        change.data.clamp_(-ft.clamp, ft.clamp)
-        stored = change.detach().T.contiguous() if is_conv1d(module) else change.detach()
-        diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
-        return Edit(lm, [DenseDelta(path, stored)], facts, ft.to_dict(), self.record(), diagnostics)
+                        for change in changes.values():
+                            change.data.clamp_(-ft.clamp, ft.clamp)
+        return self._made(facts, [change.detach() for change in changes.values()], losses, time.perf_counter() - clock)
+
+    def _made(self, facts: list[Fact], changes: Sequence[Tensor], losses: list[float], seconds: float) -> Edit:
+        """changes: [d, d_in] of each trained layer."""
+        paths = [self.lm.anatomy.mlp_down[layer] for layer in self.method.layers]
+        deltas = [
+            DenseDelta(path, change.T.contiguous() if is_conv1d(submodule(self.lm.model, path)) else change)
+            for path, change in zip(paths, changes, strict=True)
+        ]
+        diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": seconds}
+        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics)
+
+    def _zero(self, module: nn.Module) -> Tensor:
+        """A change [d, d_in] of the module's weight, to be trained, wherever that weight lies."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        shape = (self.lm.anatomy.hidden_size, self.lm.anatomy.key_size)
+        return torch.zeros(shape, dtype=master_dtype(weight), device=weight.device, requires_grad=True)
+
+
+def _written(seen: Mapping[str, Tensor], path: str, change: Tensor, _: Tensor) -> Tensor:
+    """Δ k, for the keys [B, T, d_in] that have just gone into the module."""
+    return seen[path].to(change.dtype) @ change.T

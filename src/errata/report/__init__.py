@@ -20,13 +20,16 @@ TABLES: Mapping[str, str] = {
     "table1": "efficacy, generalization, specificity at the end, on top and larger",
     "noise-table": "the superimposed noise of the last edited layer at each checkpoint",
     "k-beta-table": "the mean kᵀβ of different edits at each checkpoint",
+    "overtone-table": "Rel. … Loc., Avg., exact generation: each method, with OVERTONE, the difference (OVERTONE; one run or several)",
     "case-study": "what is written behind the transcripts' prompts, by the unedited model and after each method's last edit",
 }
 DRAWINGS: Mapping[str, str] = {**PICTURES, **TABLES}
 """Name -> what it shows. A picture becomes NAME.png, a table NAME.md."""
 CURVES = ("figure1", "figure2")
 """What is drawn from the curves of single edits."""
-OF_CASES = frozenset({*CURVES, "figure3"})
+TOGETHER = ("figure3", "overtone-table")
+"""What is drawn of several runs together."""
+OF_CASES = frozenset({*CURVES, "figure3", "overtone-table"})
 """What is drawn of single and continual edits; all else is drawn of a sequence."""
 
 

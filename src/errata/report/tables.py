@@ -49,10 +49,13 @@ class Sheet:
 
 def sheets(name: str, results: Results, known: Known | None = None) -> list[Sheet]:
     """The tables of that name (see `errata.report.TABLES`). Raises DrawingError where the run does not hold it."""
+    from errata.report import overtone
+
     makers: Mapping[str, Callable[[], list[Sheet]]] = {
         "table1": lambda: [table1(results)],
         "noise-table": lambda: [by_checkpoint(results, "noise", "noise_E")],
         "k-beta-table": lambda: [by_checkpoint(results, "k_beta", "kᵀβ")],
+        "overtone-table": lambda: overtone.sheets(results),
         "case-study": lambda: case_study(results, known or {}),
     }
     return makers[name]()
