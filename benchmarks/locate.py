@@ -254,7 +254,7 @@ def curve(args: argparse.Namespace) -> list[Row]:
     """d."""
     found = []
     width, count = args.curve_width, args.curve
-    for form, fold_at in (("low rank, dense from d_in/2", None), ("dense from the first", 0)):
+    for form, fold_at in (("default", None), ("low rank, dense from d_in/2", width // 2)):
         say(f"{count} keys, d_in {width}, {form}")
         ridge = Ridge(null_space_prior(_space(width).project, 1.0), width, fold_at=fold_at)
         _per_edit(Ridge(null_space_prior(_space(width).project, 1.0), width), _keys(width, 4, seed=5))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from errata.methods.locate.ridge import Prior, Ridge, Rows, identity_prior, inverse_prior, null_space_prior
+from errata.methods.locate.ridge import EVEN, Prior, Ridge, Rows, identity_prior, inverse_prior, null_space_prior
 
 D_IN, D = 24, 6
 NEVER = 10**9
@@ -141,7 +141,7 @@ def test_remembering_what_was_just_solved_costs_no_second_pass_over_the_prior() 
         return keys
 
     for slack in (1.0, 0.0):
-        ridge, plain = Ridge(counting, D_IN, slack), Ridge(identity_prior, D_IN, slack)
+        ridge, plain = Ridge(counting, D_IN, slack, NEVER), Ridge(identity_prior, D_IN, slack, NEVER)
         keys, calls = rows(3, 11), 0
         ridge.solve(keys)
         ridge.remember(keys)
@@ -156,9 +156,17 @@ def test_remembering_what_was_just_solved_costs_no_second_pass_over_the_prior() 
         assert relative(ridge.solve(rows(2, 12)), plain.solve(rows(2, 12))) < 1e-12
 
 
-@pytest.mark.parametrize("fold_at", [4, NEVER])
+@pytest.mark.parametrize(("width", "memory"), [(EVEN, 8 * EVEN**2), (EVEN + 1, 8 * (EVEN + 1) * 16)])
+def test_only_narrow_keys_cost_the_same_from_the_first_on(width: int, memory: int) -> None:
+    """Beyond, a dense matrix for one key would be out of all proportion: a row, with room for 15 more."""
+    ridge = Ridge(identity_prior, width)
+    ridge.remember(rows(1, 30, width))
+    assert ridge.folded == (width == EVEN) and ridge.nbytes == memory
+
+
+@pytest.mark.parametrize("fold_at", [None, 4, NEVER])
 @pytest.mark.parametrize("between", ["solve and remember", "edits"])
-def test_a_history_saved_and_loaded_goes_on_bit_for_bit(fold_at: int, between: str) -> None:
+def test_a_history_saved_and_loaded_goes_on_bit_for_bit(fold_at: int | None, between: str) -> None:
     def make() -> Ridge:
         return Ridge(null_space_prior(project, L2), D_IN, fold_at=fold_at)
 
@@ -177,15 +185,19 @@ def test_a_history_saved_and_loaded_goes_on_bit_for_bit(fold_at: int, between: s
             broken.remember(keys)
         found.append(torch.equal(first, second))
     assert all(found) and broken.count == straight.count == 50
-    assert broken.folded == straight.folded == (fold_at < NEVER)
+    assert broken.folded == straight.folded == (fold_at != NEVER)
 
 
 def test_a_state_is_a_copy_and_of_one_width() -> None:
-    ridge = Ridge(identity_prior, D_IN)
+    ridge = Ridge(identity_prior, D_IN, fold_at=3)
     ridge.remember(rows(2, 1))
     state = ridge.state_dict()
     ridge.remember(rows(2, 2))
-    assert state["count"] == len(state["recent"]) == 2
+    assert state["count"] == len(state["recent"]) == 2 and state["dense"] is None
+    state = ridge.state_dict()
+    before = state["dense"].clone()
+    ridge.remember(rows(40, 3))
+    assert state["count"] == 4 and torch.equal(state["dense"], before)
     with pytest.raises(ValueError, match="width 24, this layer's have 12"):
         Ridge(identity_prior, 12).load_state_dict(state)
 

@@ -28,6 +28,8 @@ Prior = Callable[[Tensor], Tensor]
 
 BLOCK = 32
 """How many remembered keys gather before they are subtracted from a dense M together: one pass over it instead of 32."""
+EVEN = 2048
+"""Up to this width M is dense from the first remembered key: it is soon made, takes at most 32 MiB, and every edit costs the same."""
 
 
 def identity_prior(keys: Tensor) -> Tensor:
@@ -108,10 +110,10 @@ class Ridge:
     """β with (A + HHᵀ + KᵀK) β = K (slack 1), or the equality ΔK = R in the metric A + HHᵀ (slack 0); see the module.
 
     M is prior − VᵀV, V [T, d_in] for T remembered keys: 2·T·d_in numbers are read for each solve, T·d_in are kept. When T reaches `fold_at`
-    (default d_in / 2, where that costs as much as one pass over a dense matrix and half its memory) M becomes dense, [d_in, d_in], and time
-    and memory stop growing; later keys gather in V by blocks of 32. Becoming dense costs about 3·d_in³ operations, once, and nothing else
-    here is of that order. fold_at=0: dense from the first remembered key, an even cost from the first edit to the last; a number no run
-    reaches: never dense.
+    M becomes dense, [d_in, d_in], and time and memory stop growing; later keys gather in V by blocks of 32. Becoming dense costs about
+    3·d_in³ operations, once, and nothing else here is of that order. By default that is with the first key up to d_in = `EVEN`, for an
+    even cost from the first edit to the last; above, at d_in / 2, where V costs as much as one pass over a dense matrix and half its
+    memory. A number no run reaches: never dense.
 
     dtype: float64. What the history leaves of M is a difference of numbers as large as the prior, so β errs, relatively, by about
     eps · kᵀM₀k · (how often k came back), where a dense solve does not. After 5,000 keys of width 112, against dense solves refined in
@@ -136,7 +138,7 @@ class Ridge:
         self.prior = prior
         self.width = width
         self.slack = slack
-        self.fold_at = width // 2 if fold_at is None else fold_at
+        self.fold_at = fold_at if fold_at is not None else 0 if width <= EVEN else width // 2
         self.count = 0
         self._recent = Rows(width, dtype, device)  # V
         self._dense: Tensor | None = None
