@@ -177,14 +177,3 @@ def test_atlas_is_asked_in_other_words_and_about_others() -> None:
             " Vienna",
         ]
         assert lm.generate(others, 4) == before
-
-
-def test_a_finished_block_stops_unless_it_is_to_coast() -> None:
-    """As published, Adam's momentum goes on moving a block whose tokens are all clipped."""
-    lm = language_model("llama")
-    fact, easy = Fact("The capital of {} is", "Japan", "Paris"), Overtone(epsilon=2.5, reduction="mean")
-    stopped, coasted = (get("melo", **QUICK, coast=coast).start(lm, easy).edit([fact]) for coast in (False, True))
-    steps = stopped.diagnostics["steps"]
-    assert 1 <= steps < 40 == coasted.diagnostics["steps"]
-    assert coasted.diagnostics["losses"][: steps + 1] == stopped.diagnostics["losses"]
-    assert not torch.equal(book(stopped).blocks[0].up[0], book(coasted).blocks[0].up[0])

@@ -80,6 +80,18 @@ def test_on_every_architecture(family: str, name: str) -> None:
     assert [parameter.requires_grad for parameter in lm.model.parameters()] == flags and not hasattr(lm.model, "peft_config")
 
 
+@pytest.mark.parametrize("name", ["ft-m", "lora", "melo"])
+def test_a_finished_edit_stops_unless_it_is_to_coast(name: str) -> None:
+    """Algorithm 1 has no stop: as published, Adam's momentum goes on moving an edit whose tokens are all clipped."""
+    lm, editor = language_model("llama", dtype=torch.float64), method(name, steps=40)
+    easy = [Fact("The capital of {} is", "Japan", "Paris")]
+    stops, coasts = (Overtone(epsilon=2.5, reduction="mean", coast=coast) for coast in (False, True))
+    short, long = (editor.start(lm, objective=objective).complete(easy).diagnostics for objective in (stops, coasts))
+    assert short["steps"] < 40 == long["steps"]
+    assert long["losses"][: len(short["losses"])] == short["losses"]
+    assert [made.diagnostics["steps"] for made in editor.many(lm, [easy] * 2, SEEDS[:2], coasts) if isinstance(made, Edit)] == [40, 40]
+
+
 @pytest.mark.parametrize("layer", [0, 3])
 def test_ft_in_the_first_and_the_last_layer(layer: int) -> None:
     lm = language_model("llama", dtype=torch.float64)

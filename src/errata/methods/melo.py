@@ -43,7 +43,7 @@ class MELO(Method):
     rank, scale: a block adds scale · B A to each adapted module. The published code multiplies by the number of blocks that it
         reserves, 350 for GPT2-XL.
     steps, lr, halve_every: at most so many steps of Adam, no weight decay, the rate halved every so many. A block also stops once the
-        objective says that no token of its questions is active; `coast`: it does not, and Adam's momentum carries it on, as published.
+        objective says that no token of its questions is active.
     layers, book: the adapted layers, and the one whose output is the query, below them all, so that one pass routes and answers.
         None: from three quarters up, two layers and the one before.
     module: path of the adapted and asked module in a layer; None: the MLP's first projection, else the down-projection.
@@ -78,7 +78,6 @@ class MELO(Method):
     steps: int | None = None
     lr: float | None = None
     halve_every: int = 20
-    coast: bool = False
     layers: tuple[int, ...] | None = None
     book: int | None = None
     module: str | None = None
@@ -202,7 +201,7 @@ class _Coding(Session):
                     value = self.objective.evaluate(lm.target_logits(batch), batch.targets, batch.mask, reference)
                 losses.append(value.loss.mean().item())
                 refuse_broken(lm, losses)
-                active = [melo.coast or bool((~value.finished[rows == k]).any()) for k in range(len(trained))]
+                active = [bool((~value.finished[rows == k]).any()) for k in range(len(trained))]
                 if step == melo.steps or not any(active):
                     break
                 live = [p for own, on in zip(owned, active, strict=True) if on for p in own]

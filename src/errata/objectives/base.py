@@ -13,15 +13,20 @@ Reduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObjectiveValue:
-    """loss [B], one number an edit, never mixed over edits; active [B, T], the target tokens that still carry gradient."""
+    """loss [B], one number an edit, never mixed over edits; active [B, T], the target tokens that still carry gradient.
+
+    coasts: an edit goes on without them, moved by the optimiser's momentum alone.
+    """
 
     loss: Tensor
     active: Tensor
+    coasts: bool = False
 
     @property
     def finished(self) -> Tensor:
-        """[B] bool: edits none of whose tokens is active. Stop them *now*: momentum would go on moving their weights."""
-        return ~self.active.any(-1)
+        """[B] bool: edits none of whose tokens is active, unless they coast. Stop them *now*: momentum would go on moving their weights."""
+        idle = ~self.active.any(-1)
+        return torch.zeros_like(idle) if self.coasts else idle
 
 
 @runtime_checkable

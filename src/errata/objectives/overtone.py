@@ -34,6 +34,8 @@ class Overtone(Objective):
     epsilon: token-level stopping threshold ε ≥ 0, in nats. The paper uses 0.01 for FT-M and 0.05 for LoRA, MELO and WISE.
     n_sigma: width n ≥ 0 of the filter, in standard deviations (torch's, with V − 1) of the logits.
     lam: weight λ in [0, 1] of the target token in the mix. ε = 0 and λ = 1 give cross-entropy (Prop. 3.1).
+    coast: an edit whose tokens are all clipped is not finished: Adam's momentum carries it on to the method's last step, as in
+        Algorithm 1, which has no stop (SGD has no momentum and stays where it is). Off, it ends there.
     reduction: "sum" over the tokens of an edit (the paper), or "mean" (the toolkits, where ε was tuned).
     clip, dynamic, check, filter: the paper's ablations (Table 3), each off with False: no clip (ε = 0); π_flt from the unedited
         model, given as `reference`; always mix; unfiltered π in the place of π_flt.
@@ -44,6 +46,7 @@ class Overtone(Objective):
     n_sigma: float = 0.5
     lam: float = 0.1
     reduction: Reduction = "sum"
+    coast: bool = False
     clip: bool = True
     dynamic: bool = True
     check: bool = True
@@ -54,7 +57,7 @@ class Overtone(Objective):
         for name, value, high in (("epsilon", self.epsilon, math.inf), ("n_sigma", self.n_sigma, math.inf), ("lam", self.lam, 1.0)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or math.isinf(value):
                 raise ValueError(f"{name} must be a finite number from 0 {'to 1' if high == 1 else 'up'}, got {value!r}")
-        for name in ("clip", "dynamic", "check", "filter"):
+        for name in ("coast", "clip", "dynamic", "check", "filter"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
@@ -80,7 +83,7 @@ class Overtone(Objective):
             raise ValueError(f"reference must have the shape of the logits, {list(logits.shape)}, got {list(reference.shape)}")
         else:
             loss, active = self._static_kl(logits, y, mask, reference)
-        return ObjectiveValue(reduce_tokens(loss, mask, self.reduction), active)
+        return ObjectiveValue(reduce_tokens(loss, mask, self.reduction), active, self.coast)
 
     def target(self, logits: Tensor, y: Tensor, pi: Tensor) -> Target:
         """π_tar (eq. 3) of logits [B, T, V] with softmax `pi` in the working dtype; y [B, T, 1]. Call it without gradient.
