@@ -240,7 +240,8 @@ class Plan:
         """A YAML-ready mapping; `from_dict` reads it back."""
         record = asdict(self)
         record["only"] = {method: list(chosen) for method, chosen in self.only.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+        plain: dict[str, Any] = _listed(record)
+        return plain
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], where: str = "the plan") -> Plan:
@@ -421,3 +422,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; there is {', '.join(known)}"
+
+
+def _listed(value: Any) -> Any:
+    """With lists for tuples, however deep: what YAML reads back."""
+    if isinstance(value, Mapping):
+        return {name: _listed(one) for name, one in value.items()}
+    return [_listed(one) for one in value] if isinstance(value, list | tuple) else value
