@@ -17,13 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-import errata
 from errata import methods
 from errata.bench import run as module
 from errata.bench.folder import RECORDS, RESULTS, STATE
 from errata.bench.plan import Plan, PlanError
 from errata.bench.sequence import steps
-from errata.data import atlas
 from errata.edits import DenseDelta, Edit, LowRankDelta, Stack
 from errata.edits.delta import Delta
 from errata.facts import EditCase, Fact, FactError, Probe
