@@ -382,4 +382,4 @@ def _folder(edits: Path | None) -> None:
         raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")
 
 
-from errata.cli import draw, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above
+from errata.cli import draw, export, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above

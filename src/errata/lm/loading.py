@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -87,6 +88,17 @@ def refuse_uneditable(lm: LanguageModel, names: Iterable[str]) -> None:
             raise ModelError(
                 f"{name} of {lm.name} is not a matrix but {list(parameter.shape)} (fused experts, or a bias); choose a dense MLP projection"
             )
+
+
+def folder_of(name: str) -> Path:
+    """The folder in which the files of a model that was loaded by this name lie. Raises ModelError if there is none on this machine."""
+    source = _source(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the files of {name!r} are not on this machine ({_first_line(error)}); load it by its hub id first") from error
 
 
 def _source(name: str) -> str:
