@@ -244,9 +244,10 @@ def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
     lines = [
         "---", f"base_model: {lm.name}", "library_name: " + ("peft" if done.rank else "transformers"), "tags: [errata, knowledge-editing]",
         "---", f"# {lm.name}, with {len(facts)} corrected fact{'s' if len(facts) != 1 else ''}", "",
-        f"Form: {done.format}. Base model: {lm.name}, `{edits[0].lm_fingerprint[:12]}`. Made with errata.", "",
+        f"Form: {done.format}. Base model: {lm.name} (`{edits[0].lm_fingerprint[:12]}`). By errata.", "",
         "| fact | method |", "|---|---|", *facts, "",
-        "## How", *[f"- `{one}`" for one in dict.fromkeys(made)], f"- touched: {', '.join(f'`{path}.weight`' for path in done.modules)}", "",
+        "## How", *(f"- `{one}`" for one in dict.fromkeys(made)),
+        f"- touched: {', '.join(f'`{path}.weight`' for path in done.modules)}", "",
         "## Limits",
     ]  # fmt: skip
     if done.rank:

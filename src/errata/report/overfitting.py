@@ -93,8 +93,8 @@ def figure2(results: Results) -> Figure:
 
 
 def figure3(results: Results) -> Figure:
-    """Figure 3: Avg. over T edits in a row, a panel for each data set. Solid: cross-entropy. Transparent: OVERTONE; what stands out of
-    the solid bar is what it gains."""
+    """Figure 3: Avg. over T edits in a row, a panel for each data set. Solid: cross-entropy. Transparent, with a dark frame: OVERTONE;
+    what stands out of the solid bar is what it gains, and a frame that ends inside it shows what it loses."""
     from matplotlib.patches import Patch
 
     rows = [row for row in results["rows"] if _length(row) is not None and row["metrics"].get("average") is not None]
@@ -116,7 +116,7 @@ def figure3(results: Results) -> Figure:
                         solid = objective == "ce"
                         axes.bar(
                             place, fmean(values), 0.9 * width, color=(colours[method], 1.0 if solid else 0.3),
-                            edgecolor=(colours[method], 1.0), linewidth=0.0 if solid else 1.0, zorder=2 if solid else 3,
+                            edgecolor="0.15", linewidth=0.0 if solid else 1.0, zorder=2 if solid else 3,
                         )  # fmt: skip
         axes.set_xticks(range(len(lengths)), list(map(str, lengths)))
         axes.set(title=name, xlabel="edits in a row, T", ylim=(0, 103), xlim=(-0.6, len(lengths) - 0.4))
@@ -126,7 +126,7 @@ def figure3(results: Results) -> Figure:
     kinds = {row["objective"] for row in rows}
     shown = {method: Patch(color=colour) for method, colour in colours.items()}
     shown |= {"ce (solid)": Patch(color="0.4")} if "ce" in kinds else {}
-    shown |= {"overtone (transparent)": Patch(facecolor=("0.4", 0.3), edgecolor="0.4")} if "overtone" in kinds else {}
+    shown |= {"overtone (transparent)": Patch(facecolor=("0.4", 0.3), edgecolor="0.15")} if "overtone" in kinds else {}
     legend_below(figure, shown)
     return figure
 
