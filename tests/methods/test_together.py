@@ -29,7 +29,7 @@ REQUESTS = [
     [Fact("{} is the capital of", "Москва", "Japan"), Fact("{} lies in", "Paris", "Russia")],
 ]
 SEEDS = [11, 5, 8, 13, 2, 99]
-NAMES = ("ft-l", "ft-m", "lora")
+NAMES = ("ft-l", "ft-m", "lora", "rome", "memit", "rect", "alphaedit")
 
 
 def method(name: str, **changes: Any) -> methods.Method:
@@ -65,9 +65,11 @@ def test_each_is_the_edit_it_would_be_alone(name: str, objective: Any) -> None:
     assert_same(editor.many(lm, REQUESTS, SEEDS, objective), alone)
 
 
-@pytest.mark.parametrize("name", ("ft-m", "lora"))
+@pytest.mark.parametrize("name", ("ft-m", "lora", "memit"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_every_architecture(family: str, name: str) -> None:
+    if (family, name) == ("gemma2", "memit"):
+        pytest.skip("Gemma 2 of transformers puts NaN at padding in float64, so there are no second moments")
     lm = language_model(family, dtype=torch.float64)
     before = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
     flags = [parameter.requires_grad for parameter in lm.model.parameters()]

@@ -14,7 +14,7 @@ from errata.methods.alphaedit import AlphaEdit, AlphaSession
 from errata.methods.base import Session, check_range
 from errata.methods.locate.history import DeltaHistory, Threshold, project_out
 from errata.methods.locate.session import Writes
-from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.sweep import Reached, Sweep
 from errata.methods.locate.value import Values, find_values
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class DeltaEdit(AlphaEdit):
 
     name: ClassVar[str] = "deltaedit"
     paper: ClassVar[str] = "DeltaEdit §4.2"
+    together: ClassVar[bool] = False  # how a value is looked for depends on the session's history
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         family: {**values, "eta": {"gpt2-xl": 3.0, "llama-3-8b": 1.5, "llama-3.1-8b": 1.5}.get(family, 2.0)}
         for family, values in AlphaEdit.family_defaults.items()
@@ -123,8 +124,9 @@ class _Delta(AlphaSession):
         self.limit = 0.0
         self.written: LowRankDelta | None = None
 
-    def values(self, sweep: Sweep, requests: list[Any]) -> Values:
+    def values(self, sweep: Sweep | Reached, requests: list[Any]) -> Values:
         """δ at the last critical layer, under P_α for the facts whose noise is above the threshold."""
+        assert isinstance(sweep, Sweep)  # one edit at a time
         method, last, base = self.method, self.layers[-1], sweep.reached
         contexts = sweep.before[last]
         keys = contexts[:, 0] if method.key == "bare" else self.key(contexts)  # k_e [F, d_in]

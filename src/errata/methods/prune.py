@@ -28,6 +28,7 @@ class PRUNE(MEMIT):
     """
 
     paper: ClassVar[str] = "arXiv 2405.16821"
+    together: ClassVar[bool] = False  # an edit is not whole before `finish`
 
     growth: str = "log"
 

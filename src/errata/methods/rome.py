@@ -14,7 +14,7 @@ from errata.lm.capture import submodule
 from errata.methods.base import Session
 from errata.methods.locate.ridge import Ridge, identity_prior
 from errata.methods.locate.session import Locate, LocateSession, Stopwatch, Writes
-from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.sweep import Reached, Sweep
 from errata.methods.locate.value import Values, find_values
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Rome(LocateSession):
     def key(self, contexts: Tensor) -> Tensor:
         return contexts.mean(1)
 
-    def values(self, sweep: Sweep, requests: list[Any]) -> Values:
+    def values(self, sweep: Sweep | Reached, requests: list[Any]) -> Values:
         return find_values(self.lm, self.layers[-1], requests, sweep.outputs[:, 0], self.method.search, self.objective)
 
     def write(self, sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[list[Delta], Writes]:

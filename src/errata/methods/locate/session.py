@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.stack import Stack
-from errata.facts import Fact
+from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
@@ -28,7 +28,7 @@ from errata.lm.loading import refuse_uneditable
 from errata.methods.base import Method, Session, check_range
 from errata.methods.locate.contexts import prefixes, request
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
-from errata.methods.locate.sweep import Sweep
+from errata.methods.locate.sweep import Reached, Sweep
 from errata.methods.locate.value import Search, Values, find_values
 from errata.statistics.errors import StatisticsError
 from errata.statistics.moments import Moments, moments_for
@@ -52,6 +52,8 @@ class Locate(Method):
     corpus, tokens: the text whose second moments say what must not move, and how much of it; see `errata.statistics.moments_for`.
     """
 
+    #: Whether an edit is its value and its write, and nothing that a session does before or after.
+    together: ClassVar[bool] = True
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ce": {"reduction": "mean"},
         "overtone": {"epsilon": 0.05, "n_sigma": 0.5, "lam": 0.1, "reduction": "mean"},  # nobody has published values for this
@@ -126,6 +128,16 @@ class Locate(Method):
         refuse_uneditable(lm, [f"{lm.anatomy.mlp_down[layer]}.weight" for layer in chosen.layers or ()])
         return chosen.session(lm, objective, seed)
 
+    def many(
+        self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
+    ) -> list[Edit | FactError]:
+        """See `Method.many`. The values, which take the time, are looked for together; each edit is then written by itself."""
+        if len(requests) < 2 or not self.together:
+            return super().many(lm, requests, seeds, objective)
+        session = self.start(lm, objective)
+        assert isinstance(session, LocateSession)
+        return session.many(requests)
+
     @abstractmethod
     def session(self, lm: LanguageModel, objective: Objective | None, seed: int) -> Session:
         """A session of this method, every setting filled in."""
@@ -174,7 +186,7 @@ class LocateSession(Session):
         bare = contexts[:, 0]
         return bare if contexts.shape[1] == 1 else (bare + contexts[:, 1:].mean(1)) / 2
 
-    def values(self, sweep: Sweep, requests: list[Any]) -> Values:
+    def values(self, sweep: Sweep | Reached, requests: list[Any]) -> Values:
         """δ at the last critical layer."""
         return find_values(self.lm, self.layers[-1], requests, sweep.reached, self.method.search, self.objective)
 
@@ -202,8 +214,36 @@ class LocateSession(Session):
         clock.lap("keys")
         values = self.values(sweep, requests)
         clock.lap("value")
-        deltas, writes = self.write(sweep, values, clock)
+        edit, writes = self._written(facts, sweep, values, clock)
         self.remember(writes)
+        return edit
+
+    def many(self, wanted: Sequence[Sequence[Fact]]) -> list[Edit | FactError]:
+        """Independent edits of the model as it is; nothing is remembered of them. See `Method.many`."""
+        made: dict[int, Edit | FactError] = {}
+        asked: dict[int, list[Any]] = {}
+        for number, facts in enumerate(wanted):
+            try:
+                if not facts:
+                    raise FactError("there is nothing to edit; give at least one fact")
+                asked[number] = [request(self.lm, fact, self.prefixes) for fact in facts]
+            except FactError as error:
+                made[number] = error
+        clock = Stopwatch()
+        sweeps = {number: Sweep(self.lm, own, self.layers) for number, own in asked.items()}
+        if sweeps:
+            begun = Reached(*(torch.cat([getattr(one, part) for one in sweeps.values()]) for part in ("reached", "outputs")))
+            self._refuse_runaway(begun.reached, begun.outputs)
+            found = self.values(begun, [one for own in asked.values() for one in own])
+        share, first = clock.total / max(1, len(sweeps)), 0
+        for number, sweep in sweeps.items():
+            last = first + len(asked[number])
+            values, first = found.of(slice(first, last)), last
+            made[number], _ = self._written(list(wanted[number]), sweep, values, Stopwatch(value=share))
+        return [made[number] for number in range(len(wanted))]
+
+    def _written(self, facts: list[Fact], sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[Edit, Writes]:
+        deltas, writes = self.write(sweep, values, clock)
         clock.lap("write")
         keys = {self.lm.anatomy.mlp_down[layer]: key for layer, key, _ in writes}
         diagnostics = {
@@ -214,7 +254,7 @@ class LocateSession(Session):
             "seconds": clock.total,
             **{f"seconds_{stage}": seconds for stage, seconds in clock.stages.items()},
         }
-        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys)
+        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys), writes
 
     def write(self, sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[list[Delta], Writes]:
         """Share what is missing out over the layers (MEMIT eq. 20): at layer i of L a part 1 / (L − i) of what is missing then."""
@@ -289,9 +329,11 @@ class LocateSession(Session):
 class Stopwatch:
     """Seconds by stage. On an accelerator a stage is timed when its work is asked for, unless something waits for it."""
 
-    def __init__(self) -> None:
-        self.begun = self.last = time.perf_counter()
-        self.stages: dict[str, float] = {}
+    def __init__(self, **before: float) -> None:
+        """before: seconds that stages have taken already."""
+        self.last = time.perf_counter()
+        self.begun = self.last - sum(before.values())
+        self.stages = dict(before)
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()

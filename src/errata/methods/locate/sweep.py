@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.lm.tokens import Encoded
     from errata.methods.locate.contexts import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What the search for a value takes from a sweep, or from several beside one another; see `Sweep`."""
+
+    reached: Tensor
+    outputs: Tensor
 
 
 class Sweep:

@@ -48,13 +48,24 @@ class Values:
     """What was found for F facts.
 
     delta [F, d]: to be added at the subject's last token. probability [F]: p(target) with it, the product over its tokens, bare prompt.
-    steps [F]: updates that each took. losses: what was minimised, mean over the facts, before each update and after the last.
+    steps [F]: updates that each took. traces [F, S + 1]: what was minimised, before each update and after the last; that of a finished
+        fact stays as it was.
     """
 
     delta: Tensor
     probability: Tensor
     steps: Tensor
-    losses: list[float]
+    traces: Tensor
+
+    @property
+    def losses(self) -> list[float]:
+        """What was minimised, mean over the facts, until the last of them was finished."""
+        losses: list[float] = self.traces[:, : int(self.steps.max()) + 1].mean(0).tolist()
+        return losses
+
+    def of(self, facts: slice) -> Values:
+        """Those of some of the facts."""
+        return Values(self.delta[facts], self.probability[facts], self.steps[facts], self.traces[facts])
 
 
 @contextmanager
@@ -96,14 +107,14 @@ def find_values(
     if any(len(request.contexts) != contexts for request in requests):
         raise ValueError("every fact needs the same number of contexts")
     delta, probability = torch.zeros_like(base), torch.zeros(len(base), device=base.device)
-    steps, losses = torch.zeros(len(base), dtype=torch.long, device=base.device), torch.zeros(search.steps + 1)
+    steps, traces = torch.zeros(len(base), dtype=torch.long, device=base.device), torch.zeros(len(base), search.steps + 1)
     for alike in _groups(requests):
         facts = torch.tensor(alike, device=base.device)
         found = _search(lm, layer, [requests[i] for i in alike], base[facts], facts, search, objective, project)
         delta[facts], probability[facts], steps[facts] = found.delta, found.probability, found.steps
-        # A group that is done earlier stays where it is.
-        losses += torch.tensor(found.losses + found.losses[-1:] * (search.steps + 1 - len(found.losses))) * len(alike) / len(requests)
-    return Values(delta, probability, steps, losses[: int(steps.max()) + 1].tolist())
+        traces[alike] = found.traces[:, -1:]  # a group that is done earlier stays where it is
+        traces[alike, : found.traces.shape[1]] = found.traces
+    return Values(delta, probability, steps, traces)
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
@@ -141,7 +152,7 @@ def _search(
     adam = torch.optim.Adam([delta], lr=search.lr)
     active = torch.arange(count, device=base.device)
     probability, last = torch.zeros(count, device=base.device), torch.zeros(count, device=base.device)
-    steps, losses = torch.zeros(count, dtype=torch.long, device=base.device), []
+    steps, traces = torch.zeros(count, dtype=torch.long, device=base.device), []
     reference = before = None
     targets = torch.tensor([text.target_ids for request in requests for text in request.contexts], device=base.device)
     targets = targets.view(count, contexts, length)
@@ -160,7 +171,7 @@ def _search(
             loss = loss + search.kl * (now.exp() * (now - before[active])).sum(-1)
         loss = loss + search.decay * torch.linalg.vector_norm(delta[active], dim=-1) / size[active, 0].square()
         last[active] = loss.detach().float()
-        losses.append(float(last.mean()))
+        traces.append(last.to("cpu", copy=True))
         first = slice(None, None, contexts)
         probability[active] = target_probability(asked[first], wanted[first], there[first]).float()
         finished = (loss.detach() < search.stop) | value.finished.unflatten(0, (-1, contexts)).all(1)
@@ -180,7 +191,7 @@ def _search(
             moved = moved * (search.clamp * size[active] / torch.linalg.vector_norm(moved, dim=-1, keepdim=True)).clamp(max=1.0)
             delta.copy_(kept).index_copy_(0, active, moved)  # Adam's momentum goes on moving the finished ones: put them back
         steps[active] += 1
-    return Values(delta.detach(), probability, steps, losses)
+    return Values(delta.detach(), probability, steps, torch.stack(traces, 1))
 
 
 class _Runner:
