@@ -175,8 +175,7 @@ def main() -> None:
         entries = args.edits * args.tokens * v
         size = entries * args.dtype.itemsize
         cells = [
-            f"{1e3 * r['seconds']:.2f} ms ({1e9 * r['seconds'] / entries:.2f} ns/entry) {r['peak_bytes'] / size:.2f}"
-            for r in row.values()
+            f"{1e3 * r['seconds']:.2f} ms ({1e9 * r['seconds'] / entries:.2f} ns/entry) {r['peak_bytes'] / size:.2f}" for r in row.values()
         ]
         print(f"{v:>8}  " + "".join(f"{cell:>32}" for cell in cells))
     print(f"training step at V = {largest}: {step['ce']:.3f} s with ce, {step['overtone']:.3f} s with overtone")

@@ -153,9 +153,7 @@ def _bpe() -> str:
 def _metaspace() -> str:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     special = ["<end>", "<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.train_from_iterator(SENTENCES * 3, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False))
     # The byte tokens are ordinary ones; only the trainer had to be told of them as special.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import errata
 from errata.cli import call
 from errata.edits import Edit, EditError
-from errata.edits.export import export, vllm_rank
+from errata.edits.export import _header, export, vllm_rank
 from errata.facts import Fact
 from errata.lm import LanguageModel
 from tests.families import language_model
@@ -121,10 +121,20 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(lm: LanguageModel, 
         export([made], "checkpoint", out)
     with pytest.raises(EditError, match="different models"):
         export([made, edit(language_model("qwen2"), "memit")], "adapter", out)
+    other = errata.load(lm.name, device="cpu")
+    with pytest.raises(EditError, match="different models"):
+        export([made, edit(other, "memit")], "checkpoint", out)
     assert not out.parent.exists()
-    for file in Path(lm.name).glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(EditError, match="under that name; export a checkpoint"):
+    index = Path(lm.name) / "model.safetensors.index.json"
+    name = f"{made.deltas[0].path}.weight"
+    shard = index.with_name(json.loads(index.read_text())["weight_map"][name])
+    entry, raw = _header(shard)[name], bytearray(shard.read_bytes())
+    raw[entry["at"] : entry["at"] + 8] = bytes(8)  # one number of a touched matrix
+    shard.write_bytes(raw)
+    with pytest.raises(EditError, match=f"{name} in .* is not that of the model that was edited"):
+        export([made], "patch", out)
+    index.unlink()
+    with pytest.raises(EditError, match="holds no safetensors, which alone can be patched"):
         export([made], "patch", out)
     assert list(out.parent.iterdir()) == []
     out.mkdir()

@@ -134,9 +134,12 @@ def test_the_head_sees_only_rows_with_a_target(lm: LanguageModel) -> None:
 def test_running_from_a_layer_on_is_exact(lm: LanguageModel) -> None:
     batch = batch_of(lm)
     with torch.no_grad():
-        whole, hidden = full_logits(lm, batch), lm.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_hidden_states=True
-        ).hidden_states
+        whole, hidden = (
+            full_logits(lm, batch),
+            lm.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_hidden_states=True
+            ).hidden_states,
+        )
         targets = lm.target_logits(batch)
     before = state_of(lm)  # only now: output_hidden_states leaves hooks of its own in the model
     for layer in range(LAYERS):

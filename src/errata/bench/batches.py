@@ -58,9 +58,7 @@ def fitting(lm: LanguageModel) -> int:
     return max(1, min(MOST, free // 2 // one))
 
 
-def lines(
-    row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before
-) -> list[Record]:
+def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:
     """The lines of cases that are edited together, in their order; a case that fails has a line with its `error`, and hurts no other.
 
     before: what the unedited model says; it is filled up. The seconds are each case's share, the memory is that of the whole batch.

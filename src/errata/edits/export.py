@@ -65,8 +65,9 @@ def export(edits: Sequence[Edit], format: str, folder: str | Path, max_rank: int
         adapter give the edited model's logits up to rounding. What is not low-rank, or beyond `max_rank`, is cut by its singular values;
         `residual` says what is lost.
     "checkpoint": `save_pretrained` of the edited model with its tokenizer.
-    "patch": the base's own files, linked or copied, and of its safetensors only the touched matrices rewritten in place, in the dtype that
-        they have there; memory of one matrix. For dense models whose parameters have the same names on disk.
+    "patch": the base's own files, copied, and of its safetensors those without a touched matrix linked (they share the base's bytes: do not
+        write to them), in the others only the touched matrices rewritten, rounded to the dtype that they have there; memory of a few
+        matrices. For dense models whose parameters have the same names on disk.
 
     Raises EditError where the folder is in use, an edit is applied at the moment, edits belong to several models, keep a memory beside the
     weights (it is asked at run time, which no weight can do), or the base's files do not fit.
@@ -76,8 +77,10 @@ def export(edits: Sequence[Edit], format: str, folder: str | Path, max_rank: int
     if not edits:
         raise EditError("there is no edit to export")
     lm = edits[0].lm
-    if len({edit.lm_fingerprint for edit in edits}) > 1:
+    if any(edit.lm.model is not lm.model for edit in edits):
         raise EditError("the edits were made for different models; export those of one model at a time")
+    if not _modules(edits) and not any(edit.memory for edit in edits):
+        raise EditError("the edits change no weight; there is nothing to export")
     for edit in edits:
         if edit.memory is not None:
             raise EditError(
@@ -123,8 +126,9 @@ def _factors(lm: LanguageModel, edits: Sequence[Edit], path: str, max_rank: int)
     module = submodule(lm.model, path)
     dtype = master_dtype(matrix(module))
     if all(isinstance(delta, LowRankDelta) for delta in deltas):
-        left = torch.cat([delta.left for delta in deltas if isinstance(delta, LowRankDelta)], 1).to(torch.float64)
-        right = torch.cat([delta.right for delta in deltas if isinstance(delta, LowRankDelta)], 0).to(torch.float64)
+        low = [delta for delta in deltas if isinstance(delta, LowRankDelta)]
+        left = torch.cat([delta.left.to("cpu", torch.float64) for delta in low], 1)
+        right = torch.cat([delta.right.to("cpu", torch.float64) for delta in low], 0)
         if left.shape[1] <= max_rank:
             return left.to(dtype), right.to(dtype), 0.0
         (q, r), (p, s) = torch.linalg.qr(left), torch.linalg.qr(right.T)
@@ -150,8 +154,10 @@ def _checkpoint(lm: LanguageModel, edits: Sequence[Edit], folder: Path, max_rank
 
 def _patch(lm: LanguageModel, edits: Sequence[Edit], folder: Path, max_rank: int) -> dict[str, Any]:
     base = folder_of(lm.name)
-    files = sorted(file for file in base.iterdir() if file.is_file() and file.name != "README.md")
-    headers = {file: _header(file) for file in files if file.suffix == ".safetensors"}
+    shards = _shards(base)
+    # Weights in other forms would be served unedited by whoever prefers them, so they stay behind.
+    others = [file for file in base.iterdir() if file.is_file() and file.suffix not in _WEIGHTS and file.name.lower() != "readme.md"]
+    headers = {file: _header(file) for file in shards}
     places = {}
     for path in _modules(edits):
         name = f"{path}.weight"
@@ -161,13 +167,16 @@ def _patch(lm: LanguageModel, edits: Sequence[Edit], folder: Path, max_rank: int
         wanted, found = list(_stored(lm, path).shape), headers[place][name]["shape"]
         if wanted != found:
             raise EditError(f"{name} has the shape {found} in {place}, and {wanted} in the model; export a checkpoint instead")
+        kind, weight = _DTYPES[headers[place][name]["dtype"]], _stored(lm, path).cpu()
+        stored = _read(place, headers[place][name], kind)
+        if not torch.equal(stored.to(weight.dtype), weight.to(kind).to(weight.dtype)):
+            raise EditError(f"{name} in {place} is not that of the model that was edited; export a checkpoint instead")
         places[path] = place
     touched = set(places.values())
-    for file in files:
+    for file in (*others, *(shard for shard in shards if shard in touched)):  # copied: who changes them later changes no base
+        shutil.copyfile(file, folder / file.name)
+    for file in (shard for shard in shards if shard not in touched):
         target = folder / file.name
-        if file in touched:
-            shutil.copyfile(file, target)
-            continue
         try:
             os.link(file.resolve(), target)
         except OSError:  # another disk, or one without links
@@ -181,7 +190,7 @@ def _patch(lm: LanguageModel, edits: Sequence[Edit], folder: Path, max_rank: int
                 weight.numpy().tofile(out)
     return {
         "written": tuple(sorted(file.name for file in touched)),
-        "linked": tuple(file.name for file in files if file not in touched),
+        "linked": tuple(file.name for file in shards if file not in touched),
     }
 
 
@@ -191,6 +200,7 @@ FORMATS: Mapping[str, Callable[[LanguageModel, Sequence[Edit], Path, int], dict[
     "patch": _patch,
 }
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -198,6 +208,25 @@ def _stored(lm: LanguageModel, path: str) -> Tensor:
     """The weight of a module in the orientation in which it stores it."""
     weight: Tensor = submodule(lm.model, path).weight  # type: ignore[assignment]  # the edit's deltas fit it
     return weight.detach()
+
+
+def _shards(base: Path) -> list[Path]:
+    """The safetensors files that transformers loads from a folder. Raises EditError if there are none."""
+    index = base / "model.safetensors.index.json"
+    if (base / "model.safetensors").is_file():
+        return [base / "model.safetensors"]
+    if index.is_file():
+        return [base / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    raise EditError(f"{base} holds no safetensors, which alone can be patched; export a checkpoint instead")
+
+
+def _read(file: Path, entry: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """One matrix of a safetensors file."""
+    rows, columns = entry["shape"]
+    with open(file, "rb") as source:
+        source.seek(entry["at"])
+        raw = bytearray(source.read(rows * columns * dtype.itemsize))
+    return torch.frombuffer(raw, dtype=dtype).view(rows, columns)
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:

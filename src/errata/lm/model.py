@@ -107,9 +107,7 @@ class LanguageModel:
         hidden states on their way into it. Raises ValueError if the batch holds no targets.
         """
         batch = batch.to(self.device)
-        return self.logits_at(
-            batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        return self.logits_at(batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def logits_at(self, positions: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
         """Run the model on `inputs`, with the head at these places alone: [B, Tm, V], differentiable; zeros where `mask` is False.
@@ -245,7 +243,7 @@ class LanguageModel:
         return None if limit is None else limit - length
 
 
-class _LineEnd(StoppingCriteria):  
+class _LineEnd(StoppingCriteria):
     """Each row ends with the first new token that holds a line break, alone or among other characters ('.\\n')."""
 
     def __init__(self, tokenizer: Any) -> None:

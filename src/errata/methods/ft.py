@@ -93,7 +93,6 @@ class FT(Method):
         refuse_uneditable(lm, [f"{lm.anatomy.mlp_down[layer]}.weight" for layer in chosen.layers])
         return _Tuning(lm, chosen, objective, seed)
 
-
     def many(
         self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
     ) -> list[Edit | FactError]:

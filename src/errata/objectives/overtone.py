@@ -46,11 +46,11 @@ class Overtone(Objective):
     n_sigma: float = 0.5
     lam: float = 0.1
     reduction: Reduction = "sum"
-    coast: bool = False
     clip: bool = True
     dynamic: bool = True
     check: bool = True
     filter: bool = True
+    coast: bool = False
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
