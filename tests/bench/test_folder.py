@@ -90,5 +90,5 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_killed_before_the_plan_was_whole(tmp_path: Path) -> None:
     """Only the draft of the plan is there: nothing was measured, so the run begins."""
-    (tmp_path / "plan.yaml.tmp").write_text("model: atl")
+    (tmp_path / ".plan.yaml.4711.tmp").write_text("model: atl")
     assert claim(PLAN, tmp_path, resume=True) == PLAN == claim(PLAN, tmp_path, resume=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +44,7 @@ OPTIMISING = [name for name in methods.NAMES if name not in methods.WITHOUT_OBJE
 # Those of which more is promised than another answer: that their loss goes down.
 LEARNING = [name for name in OPTIMISING if name not in LOCATE]
 FACT = Fact("The capital of {} is", "France", "Tokyo")
+AGAIN = Fact("The river of {} is", "Spain", "Rhine")
 OTHER = Fact("{} was born in", "Marie Curie", "Lyon, in France")
 
 
@@ -153,20 +156,32 @@ def test_same_seed_same_edit(name: str) -> None:
         assert not all(map(torch.equal, tensors(first), tensors(other)))
 
 
+@pytest.mark.parametrize("how", ["state", "edits"])
 @pytest.mark.parametrize("name", methods.NAMES)
-def test_a_sequence_goes_on_where_it_stopped(name: str) -> None:
-    """Two edits in a row, against: stop after the first, load the session's state into a new one, second edit there."""
+def test_a_sequence_goes_on_where_it_stopped(name: str, how: str, tmp_path: Path) -> None:
+    """Three edits in a row, against: stop after the second, take up the session's state, or its saved edits, in a new one; third edit."""
     lm = language_model("qwen3")
     session = method(name).start(lm, seed=3)
-    first = session.edit([FACT])
-    with first.applied_():
+    edits: list[Edit] = []
+    with ExitStack() as stack:
+        for fact in (FACT, AGAIN):
+            edits.append(session.edit([fact]))
+            stack.enter_context(edits[-1].applied_())
         kept = session.state_dict()
         straight = session.edit([OTHER])
         with straight.applied_():
             expected = state(lm)
     fresh = method(name).start(lm, seed=3)
-    fresh.load_state_dict(kept)
-    with first.applied_():
+    if how == "state":
+        fresh.load_state_dict(kept)
+    else:
+        for number, edit in enumerate(edits):
+            edit.save(tmp_path / str(number))
+        edits = [Edit.load(tmp_path / str(number), lm) for number in range(len(edits))]
+        fresh.resume(edits)
+    with ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit.applied_())
         resumed = fresh.edit([OTHER])
         with resumed.applied_():
             assert same(expected, state(lm))

@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from errata.bench.plan import Plan, PlanError, Row
+from errata.disk import replacing
 
 PLAN, RECORDS, RESULTS, STATE = "plan.yaml", "records.jsonl", "results.json", "state"
 
@@ -33,7 +35,8 @@ def claim(plan: Plan, out: Path, resume: bool) -> Plan:
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file; --out must be a folder")
     if not (out / PLAN).exists():
-        if out.exists() and any(path.name != f"{PLAN}.tmp" for path in out.iterdir()):  # killed before the plan was whole: begin
+        # Killed before the plan was whole, a run begins again.
+        if out.exists() and any(not fnmatch(path.name, f".{PLAN}.*.tmp") for path in out.iterdir()):
             raise PlanError(f"{out} is not empty and holds no {PLAN}; give another --out")
         return plan
     if not resume:
@@ -99,12 +102,8 @@ def append(path: Path, record: Mapping[str, Any]) -> Record:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file in one step: a reader, or a resumed run, sees the old text or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from errata.bench.plan import PlanError
-from errata.edits import Edit, Replacement, Stack
+from errata.disk import replacing
+from errata.edits import Edit, Stack
+from errata.edits.edit import Layout, assembled
 from errata.edits.memory import load_memory
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """edits: so many cases had been edited. weights: touched module -> its weight, in the precision in which deltas are summed.
+    """edits: so many cases had been edited. layout, tensors: what the edits have come to, as `Edit.parts` gives it of the folded one.
 
     memory: what the edits keep beside the weights, as `Memory.state` gives it.
     """
 
     edits: int
-    weights: Mapping[str, Tensor]
+    layout: Layout
+    tensors: Mapping[str, Tensor]
     session: Mapping[str, Any]
     trace: Mapping[str, Any]
     memory: Mapping[str, Any] | None = None
@@ -36,28 +38,19 @@ class Snapshot(NamedTuple):
         """Fold what is applied to `lm`, which leaves its weights as they are, and keep it with the two states."""
         folded = Stack.of(lm).fold()
         memory = None if folded.memory is None else folded.memory.state()
-        return cls(edits, {delta.path: delta.tensors()["tensor"] for delta in folded.deltas}, session, trace, memory)
+        return cls(edits, *folded.parts(), session, trace, memory)
 
     def restore(self, lm: LanguageModel) -> None:
         """Bring the unedited `lm` to where it was."""
         memory = None if self.memory is None else load_memory(self.memory)
-        deltas = [Replacement(path, tensor) for path, tensor in self.weights.items()]
+        deltas, _ = assembled(self.layout, self.tensors)
         Edit(lm, deltas, [], {"name": "folded"}, memory=memory).apply()
 
     def save(self, path: Path) -> None:
         """Replace the file at `path`: whoever is killed meanwhile finds the old one or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(self._asdict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too
-        finally:
-            os.close(folder)
 
     @classmethod
     def load(cls, path: Path) -> Snapshot | None:

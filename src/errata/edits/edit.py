@@ -29,6 +29,10 @@ FORMAT = 2  # 1 knew no memories
 RECORD, TENSORS = "edit.json", "deltas.safetensors"
 
 
+Layout = dict[str, list[Any]]
+"""Which deltas and keys the tensors of an edit are: {"deltas": [{"kind", "path"}], "keys": [path]}, ready for JSON."""
+
+
 class Edit:
     """What an editor leaves behind. Making it does not change the model; `apply` and `revert` do, exactly.
 
@@ -97,6 +101,12 @@ class Edit:
             if self.applied:
                 self.revert()
 
+    def parts(self) -> tuple[Layout, dict[str, Tensor]]:
+        """Its deltas and keys as names and tensors; `assembled` puts them together again."""
+        tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
+        tensors |= {f"keys.{i}": tensor for i, tensor in enumerate(self.keys.values())}
+        return {"deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas], "keys": list(self.keys)}, tensors
+
     def save(self, folder: str | Path) -> None:
         """Write `edit.json` and `deltas.safetensors` into a new folder, all or nothing (a temporary folder, then a rename).
 
@@ -109,12 +119,10 @@ class Edit:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             draft = Path(scratch) / "edit"
             draft.mkdir()
-            tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
-            tensors |= {f"keys.{i}": tensor for i, tensor in enumerate(self.keys.values())}
+            layout, tensors = self.parts()
             memory = None if self.memory is None else self.memory.state()
             tensors |= {f"memory.{name}": tensor for name, tensor in (memory.pop("tensors") if memory else {}).items()}
-            # cloned, because safetensors refuses tensors that share memory
-            save_file({name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, draft / TENSORS)
+            save_file(storable(tensors), draft / TENSORS)
             record = {
                 "format": FORMAT,
                 "model": {"name": self.lm.name, "fingerprint": self.lm_fingerprint},
@@ -122,8 +130,7 @@ class Edit:
                 "method": self.method,
                 "objective": self.objective,
                 "diagnostics": self.diagnostics,
-                "deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas],
-                "keys": list(self.keys),
+                **layout,
                 "memory": memory,
                 "sha256": _sha256(draft / TENSORS),
             }
@@ -148,11 +155,11 @@ class Edit:
             newer = record["format"] > FORMAT  # then nothing else in it can be relied on
             if not newer:
                 name, fingerprint = str(record["model"]["name"]), str(record["model"]["fingerprint"])
-                parts = [(KINDS[part["kind"]], str(part["path"])) for part in record["deltas"]]
+                parts = [{"kind": KINDS[part["kind"]].kind, "path": str(part["path"])} for part in record["deltas"]]
+                layout: Layout = {"deltas": parts, "keys": [str(module) for module in record.get("keys", [])]}
                 facts = [Fact.from_dict(fact) for fact in record["facts"]]
                 method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
                 objective = None if record["objective"] is None else dict(record["objective"])
-                key_paths = [str(module) for module in record.get("keys", [])]
                 state = record.get("memory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this shape
             raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
@@ -167,16 +174,27 @@ class Edit:
             raise EditError(f"{tensor_path} is damaged: its SHA-256 is not the one in {RECORD}; save the edit again")
         try:
             tensors = load_file(tensor_path)
-            deltas: list[Delta] = []
-            for i, (kind, module) in enumerate(parts):
-                prefix = f"{i}."
-                deltas.append(kind(module, **{key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}))
-            keys = {module: tensors[f"keys.{i}"] for i, module in enumerate(key_paths)}
+            deltas, keys = assembled(layout, tensors)
             own = {name.removeprefix("memory."): tensor for name, tensor in tensors.items() if name.startswith("memory.")}
             memory = None if state is None else load_memory({**state, "tensors": own})
         except (SafetensorError, KeyError, TypeError, EditError) as error:
             raise EditError(f"{tensor_path} does not hold what {RECORD} names ({error}); save the edit again") from error
         return cls(lm, deltas, facts, method, objective, diagnostics, keys, memory)
+
+
+def assembled(layout: Layout, tensors: Mapping[str, Tensor], keys: bool = True) -> tuple[list[Delta], dict[str, Tensor]]:
+    """What `Edit.parts` took apart: deltas and keys, or no keys. Raises KeyError, TypeError or EditError where they do not fit together."""
+    deltas: list[Delta] = []
+    for i, part in enumerate(layout["deltas"]):
+        prefix = f"{i}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        deltas.append(KINDS[part["kind"]](part["path"], **own))
+    return deltas, {path: tensors[f"keys.{i}"] for i, path in enumerate(layout["keys"])} if keys else {}
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each on the CPU, whole, and with memory of its own, which safetensors wants."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from errata.edits.delta import Replacement, master_dtype
+from errata.edits.delta import Delta, LowRankDelta, Replacement, master_dtype
 from errata.edits.errors import EditError
 from errata.edits.memory import Memory
 from errata.lm.anatomy import is_conv1d
@@ -23,21 +23,46 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
 
+BLOCK = 64
+"""Ranks of low-rank deltas that follow one another are added in blocks of about so many: one product of matrices in the place of many thin
+ones, which makes thousands of edits quick to take up and quick to take out of."""
+
+
 @dataclass(slots=True)
 class _Kept:
-    """original: the untouched weight, bit for bit. master: the running sum, None where the weight is wide enough to be it itself."""
+    """original: the untouched weight, bit for bit. closed: the sum up to the last whole block, never written to; None: the original.
+
+    open: the low-rank deltas behind it, whose ranks do not make a block yet.
+    """
 
     original: Tensor
-    master: Tensor | None
+    closed: Tensor | None = None
+    open: list[LowRankDelta] = field(default_factory=list)
+
+    def folded(self, path: str) -> list[Delta]:
+        """The same in one delta or two, with the same block open behind it, so that what follows comes to the same bits."""
+        whole: list[Delta] = [] if self.closed is None else [Replacement(path, self.closed)]
+        return [*whole, self.block(path)] if self.open else whole
+
+    def block(self, path: str) -> LowRankDelta:
+        """The open block as one delta."""
+        left = torch.cat([delta.left.to(self.master) for delta in self.open], 1)
+        return LowRankDelta(path, left, torch.cat([delta.right.to(self.master) for delta in self.open], 0))
+
+    @property
+    def master(self) -> Tensor:
+        """Of the dtype and on the device in which is summed; no values."""
+        return self.original.new_empty(0, dtype=master_dtype(self.original))
 
 
 class Stack:
     """The active edits of one model, in the order in which they were applied.
 
-    A touched weight always holds  cast(((W₀ + Δ₁) + Δ₂) + …)  over the active deltas in that order, summed in float32 (float64 for
-    float64 weights) and cast once. So the weights depend on the active edits alone, not on what was applied and reverted in between;
-    applying costs one addition, reverting a sum over the active deltas of the same matrices. Only touched matrices are kept, and only
-    as long as an edit touches them. A long sequence is folded from time to time, so that it needs no more memory than one edit.
+    A touched weight always holds  cast((W₀ + Δ₁) + Δ₂ + …)  over the active deltas in that order, low-rank ones by blocks (`BLOCK`), summed
+    in float32 (float64 for float64 weights) and cast once. So the weights depend on the active edits alone, not on what was applied and
+    reverted in between; applying costs one product of a block, reverting a sum over the active deltas of the same matrices. Only touched
+    matrices are kept, and only as long as an edit touches them. A long sequence is folded from time to time, so that it needs no more
+    memory than one edit.
 
     Of edits that keep a memory beside the weights, that of the last one is attached; it holds those before it.
     """
@@ -71,32 +96,35 @@ class Stack:
         return edit in self._folded or any(edit is other for other in self.active)
 
     @torch.no_grad()
-    def apply(self, edit: Edit) -> None:
-        """Add the edit's deltas to the weights, after those of the active edits.
+    def apply(self, *edits: Edit) -> None:
+        """Add the edits' deltas to the weights, in their order, after those of the active edits.
 
-        Raises EditError if it is active already or does not fit, ModelError if a weight cannot be written to; then nothing changed.
+        Raises EditError if one is active already or does not fit, ModelError if a weight cannot be written to; then nothing changed.
         """
         self._refuse_aside()
-        if self.holds(edit):
-            raise EditError(f"{edit} is applied already; revert() it first")
-        paths = self._checked(edit)
-        if edit.memory is not None and self.memory is not None and edit.memory.parent != self.memory.id:
-            raise EditError(
-                f"{edit} has a memory that does not go on from the one that is attached; a model has one memory at a time: "
-                "apply the edits of a session in their order, or revert the others first (a memory holds all earlier edits of its session)"
-            )
-        with ExitStack() as undo:  # also when interrupted: all of the edit or nothing of it
-            undo.callback(self._rebuild, paths)
+        memory = self.memory
+        for i, edit in enumerate(edits):
+            if self.holds(edit) or any(edit is other for other in edits[:i]):
+                raise EditError(f"{edit} is applied already; revert() it first")
+            self._check(edit)
             if edit.memory is not None:
+                if memory is not None and edit.memory.parent != memory.id:
+                    raise EditError(
+                        f"{edit} has a memory that does not go on from the one that is attached; a model has one memory at a time: "
+                        "apply the edits of a session in their order, or revert the others first (a memory holds all earlier edits of "
+                        "its session)"
+                    )
+                memory = edit.memory
+        paths = list(dict.fromkeys(path for edit in edits for path in _paths(edit)))
+        with ExitStack() as undo:  # also when interrupted: all of them or nothing
+            undo.callback(self._rebuild, paths)
+            if memory is not self.memory:
                 undo.callback(self._attach, self.memory)
-                self._attach(edit.memory)
+                self._attach(memory)
             for path in paths:
-                if path not in self._kept:
-                    weight = self._weight(path)
-                    wide = weight.dtype == master_dtype(weight)
-                    self._kept[path] = _Kept(weight.clone(), None if wide else weight.to(master_dtype(weight)))
-                self._add(path, [edit])
-            self.active.append(edit)
+                self._kept.setdefault(path, _Kept(self._weight(path).clone()))
+                self._add(path, edits)
+            self.active.extend(edits)
             undo.pop_all()
 
     @torch.no_grad()
@@ -120,7 +148,8 @@ class Stack:
 
     @torch.no_grad()
     def fold(self) -> Edit:
-        """Make the active edits one: a base edit that replaces each touched weight by their sum. The weights stay as they are.
+        """Make the active edits one: a base edit that replaces each touched weight by their sum. The weights stay as they are, and what is
+        applied later comes to the same bits.
 
         The folded edits still count as applied, but only the base edit can be reverted, and all of them with it.
         Memory is that of one edit again, as soon as nobody else keeps the folded ones.
@@ -130,7 +159,7 @@ class Stack:
         self._refuse_aside()
         # The fingerprint of an edit's own model was taken before any edit; `self._lm` may not have been asked for its one yet.
         lm = self.active[0].lm if self.active else self._lm
-        deltas = [Replacement(path, self._sum(path).clone()) for path in self.touched]
+        deltas = [delta for path in self.touched for delta in self._kept[path].folded(path)]
         base = Edit(lm, deltas, [fact for edit in self.active for fact in edit.facts], {"name": "folded"}, memory=self.memory)
         for edit in self.active:
             self._folded.add(edit)
@@ -153,7 +182,6 @@ class Stack:
         """The unedited model while it lasts, then the edited one again, bit for bit. Edits stay as they are: none may come or go."""
         self._refuse_aside()
         self._attach(None)
-        edited = {path: self._weight(path).clone() for path, kept in self._kept.items() if kept.master is None}
         self._aside = True
         try:
             with torch.no_grad():
@@ -163,7 +191,7 @@ class Stack:
         finally:
             with torch.no_grad():
                 for path in self._kept:
-                    self._weight(path).copy_(edited[path] if path in edited else self._sum(path))
+                    self._weight(path).copy_(self._sum(path))
             self._aside = False
             self._attach(self.memory)
 
@@ -204,9 +232,8 @@ class Stack:
         if self._aside:
             raise EditError("the edits are set aside for the moment; leave `aside_()` before anything is applied, reverted or folded")
 
-    def _checked(self, edit: Edit) -> list[str]:
-        paths = _paths(edit)
-        refuse_uneditable(self._lm, [f"{path}.weight" for path in paths])
+    def _check(self, edit: Edit) -> None:
+        refuse_uneditable(self._lm, [f"{path}.weight" for path in _paths(edit)])
         for delta in edit.deltas:
             wanted = delta.stored_shape(self._transposed(delta.path))
             if wanted != (found := tuple(self._weight(delta.path).shape)):
@@ -215,36 +242,42 @@ class Stack:
                     f"the {delta.kind} delta for {delta.path!r} fits a weight of {list(wanted)}; "
                     f"that module's is {list(found)}, stored as {stored}"
                 )
-        return paths
 
     def _rebuild(self, paths: Iterable[str]) -> None:
         """From the original and the active edits; forgets matrices that no edit touches any more."""
         for path in paths:
             if path not in self._kept:
                 continue
-            kept = self._kept[path]
-            self._weight(path).copy_(kept.original)
+            kept = self._kept[path] = _Kept(self._kept[path].original)
             touching = [edit for edit in self.active if path in _paths(edit)]
-            if not touching:
+            if touching:
+                self._add(path, touching)
+            else:
+                self._weight(path).copy_(kept.original)
                 del self._kept[path]
-                continue
-            if kept.master is not None:
-                kept.master.copy_(kept.original)
-            self._add(path, touching)
 
     def _add(self, path: str, edits: Iterable[Edit]) -> None:
-        weight, master, transposed = self._weight(path), self._kept[path].master, self._transposed(path)
-        for edit in edits:
-            for delta in edit.deltas:
-                if delta.path == path:
-                    delta.add_(weight if master is None else master, transposed)
-        if master is not None:
-            weight.copy_(master)
+        kept, transposed = self._kept[path], self._transposed(path)
+        for delta in (delta for edit in edits for delta in edit.deltas if delta.path == path):
+            if isinstance(delta, LowRankDelta):
+                kept.open.append(delta)
+                if sum(part.rank for part in kept.open) < BLOCK:
+                    continue
+                closed = self._sum(path)
+            else:
+                closed = self._sum(path)
+                delta.add_(closed, transposed)
+            kept.closed, kept.open = closed, []
+        self._weight(path).copy_(self._sum(path))
 
     def _sum(self, path: str) -> Tensor:
-        """The weight before it is cast; itself, where nothing is."""
-        master = self._kept[path].master
-        return self._weight(path) if master is None else master
+        """The weight before it is cast, as a tensor of its own."""
+        kept = self._kept[path]
+        total = kept.original if kept.closed is None else kept.closed
+        total = total.to(master_dtype(kept.original), copy=True)
+        if kept.open:
+            kept.block(path).add_(total, self._transposed(path))
+        return total
 
     def _weight(self, path: str) -> Tensor:
         weight: nn.Parameter = self._module(path).weight  # type: ignore[assignment]  # refuse_uneditable has seen it

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.methods.base import Session, check_range
 from errata.methods.locate.ridge import Ridge, null_space_prior
-from errata.methods.locate.session import Locate, LocateSession, Writes
+from errata.methods.locate.session import Locate, LocateSession
 from errata.methods.memit import CRITICAL
 from errata.statistics.nullspace import NullSpace, null_space_for
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
@@ -88,8 +89,9 @@ class AlphaSession(LocateSession):
         threshold, share = self.method.threshold, self.method.share
         return null_space_for(self.lm, self.moments, layer, threshold, share)
 
-    def remember(self, writes: Writes) -> None:
-        self.keep_keys(writes)
+    def remember(self, edit: Edit) -> None:
+        super().remember(edit)
+        self.keep_keys(edit)
 
     def diagnostics(self) -> dict[str, Any]:
         shares, ridges = ([part(layer) for layer in self.layers] for part in (lambda i: self.space(i).share, self.l2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,14 +155,41 @@ class Session(ABC):
 
         Raises FactError if a fact cannot be edited (no fact, no tokens), ValueError if the objective does not fit.
         """
+        edit = self._from(facts)
+        self.remember(edit)
+        return edit
+
+    def propose(self, facts: Sequence[Fact]) -> Edit:
+        """`complete`, but nothing is remembered of it, until `remember` is told that it stays. Raises what `edit` raises."""
+        edit = self._from(facts)
+        with edit.applied_():
+            last = self.finish()
+        if not last:
+            return edit
+        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys, edit.memory)
+
+    def _from(self, facts: Sequence[Fact]) -> Edit:
         if not facts:
             raise FactError("there is nothing to edit; give at least one fact")
-        edit = self._edit(list(facts))
-        self.count += 1
-        return edit
+        return self._edit(list(facts))
 
     @abstractmethod
     def _edit(self, facts: list[Fact]) -> Edit: ...
+
+    def remember(self, edit: Edit) -> None:
+        """What is carried on from an edit that is made to the next one. It comes from the edit alone, so that `resume` can do it again."""
+        self.count += 1
+
+    def resume(self, edits: Sequence[Edit]) -> None:
+        """Go on from the edits that are applied, in their order: the next one is that of the session that made them.
+
+        Edits of other methods, settings or objectives are passed over. Where some of an earlier session's are left out (undone, and so not
+        applied), this one goes on as if they had never been remembered.
+        """
+        settings = _plain([self.method.to_dict(), self.record()])
+        for edit in edits:
+            if _plain([edit.method, edit.objective]) == settings:
+                self.remember(edit)
 
     def finish(self) -> list[Delta]:
         """What the method does once, at the end of a sequence (PRUNE), with the session's edits in the model; changes nothing itself."""
@@ -169,12 +197,9 @@ class Session(ABC):
 
     def complete(self, facts: Sequence[Fact]) -> Edit:
         """A sequence of one: `edit`, and what `finish` adds to it, as one edit. Raises what `edit` raises."""
-        edit = self.edit(facts)
-        with edit.applied_():
-            last = self.finish()
-        if not last:
-            return edit
-        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys, edit.memory)
+        edit = self.propose(facts)
+        self.remember(edit)
+        return edit
 
     def state_dict(self) -> dict[str, Any]:
         """What must be kept for the sequence to go on as if it had not stopped."""
@@ -200,3 +225,8 @@ class Session(ABC):
         if not self.method.optimises:
             return None
         return {"name": self.objective.name, **asdict(self.objective)}  # type: ignore[call-overload]  # objectives are dataclasses
+
+
+def _plain(value: Any) -> str:
+    """As it stands in a file, where a tuple is a list."""
+    return json.dumps(value, sort_keys=True)

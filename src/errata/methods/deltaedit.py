@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from errata.edits.delta import Delta, LowRankDelta
+from errata.edits.delta import LowRankDelta
 from errata.methods.alphaedit import AlphaEdit, AlphaSession
 from errata.methods.base import Session, check_range
 from errata.methods.locate.history import DeltaHistory, Threshold, project_out
-from errata.methods.locate.session import Writes
 from errata.methods.locate.sweep import Reached, Sweep
 from errata.methods.locate.value import Values, find_values
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
@@ -116,13 +116,12 @@ class _Delta(AlphaSession):
             method.eta, method.xi, method.warm_up, method.statistic, method.two_sided, method.start_at, method.patience
         )
         # Of the edit that is being made: Û [d, r] of the facts that are held to it, which these are [F], how many were let off; the noise
-        # ‖Δ_hist k_e‖² of each, the threshold; and what goes into Δ_hist.
+        # ‖Δ_hist k_e‖² of each, and the threshold.
         self.directions: dict[int, Tensor] = {}
         self.bound = torch.zeros(0, dtype=torch.bool)
         self.retried = 0
         self.noise: list[float] = []
         self.limit = 0.0
-        self.written: LowRankDelta | None = None
 
     def values(self, sweep: Sweep | Reached, requests: list[Any]) -> Values:
         """δ at the last critical layer, under P_α for the facts whose noise is above the threshold."""
@@ -166,19 +165,17 @@ class _Delta(AlphaSession):
             return self._free_of_history(residual, torch.arange(len(residual), device=residual.device))
         return residual
 
-    def shape(self, layer: int, delta: LowRankDelta) -> Delta:
-        self.written = delta  # the last layer's comes last
-        return delta
-
-    def remember(self, writes: Writes) -> None:
-        super().remember(writes)
-        assert self.written is not None
-        self.history.add(self.written.left, self.written.right)
-        for noise in self.noise:
+    def remember(self, edit: Edit) -> None:
+        super().remember(edit)
+        written = edit.deltas[len(self.layers) - 1]  # at the last layer
+        assert isinstance(written, LowRankDelta)
+        self.history.add(written.left, written.right)
+        for noise in edit.diagnostics["noise"]:
             self.threshold.update(noise)
 
     def diagnostics(self) -> dict[str, Any]:
         return super().diagnostics() | {
+            "noise": self.noise,
             "history_noise": max(map(self.threshold.value, self.noise)),
             "threshold": self.limit,
             "constrained": int(self.bound.sum()),

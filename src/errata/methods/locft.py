@@ -139,11 +139,16 @@ class _BreadthFirst(Session):
             refuse_broken(lm, losses)
             if steps == before:
                 break
-        if ft.replay:
-            self.earlier = [*earlier, *facts]
         stored = change.detach().T.contiguous() if is_conv1d(module) else change.detach()
         diagnostics = {"epochs": len(losses) - 1, "steps": steps, "losses": losses, "seconds": time.perf_counter() - clock}
         return Edit(lm, [DenseDelta(path, stored)], facts, ft.to_dict(), self.record(), diagnostics)
+
+    def remember(self, edit: Edit) -> None:
+        """See `Session.remember`."""
+        super().remember(edit)
+        if self.method.replay:
+            said = {fact.text for fact in edit.facts}
+            self.earlier = [*(fact for fact in self.earlier if fact.text not in said), *edit.facts]
 
     def _loss(self, texts: Sequence[Encoded], states: Sequence[Tensor], path: str, change: Tensor) -> tuple[Tensor, bool]:
         """The mean loss of a mini-batch with `change` in the weight, and whether it is learned."""

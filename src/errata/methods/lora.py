@@ -142,10 +142,17 @@ class _Adapting(Session):
                 left, right = torch.cat([left, -scale * old_b], 1), torch.cat([right, old_a])
             deltas.append(LowRankDelta(path, left, right))
         diagnostics = {"steps": len(losses) - 1, "losses": losses, "seconds": time.perf_counter() - clock}
-        self.adapter = trained
-        self.last = Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
-        self.edits.append(weakref.ref(self.last))
-        return self.last
+        return Edit(self.lm, deltas, facts, lora.to_dict(), self.record(), diagnostics)
+
+    def remember(self, edit: Edit) -> None:
+        """See `Session.remember`. The adapter is what an edit writes first; behind it stands what it takes away of the one before."""
+        super().remember(edit)
+        rank, scale = self.method.rank, self.method.alpha / self.method.rank
+        for delta in edit.deltas:
+            assert isinstance(delta, LowRankDelta)
+            self.adapter[delta.path] = (delta.right[:rank].to(self.lm.device), (delta.left[:, :rank] / scale).to(self.lm.device))
+        self.last = edit
+        self.edits.append(weakref.ref(edit))
 
     def many(self, requests: Sequence[Sequence[Fact]], seeds: Sequence[int]) -> list[Edit | FactError]:
         """Independent edits, side by side, each from an adapter of its own; see `Method.many`."""

@@ -154,18 +154,22 @@ class _Coding(Session):
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
         id = grown_id(parent, method, self.record(), [fact.to_dict() for fact in facts], self.seed, self.count, self.lm.fingerprint)
-        self.memory = _compact(
-            CodeBook(id, parent, self.layer, self.modules, self._scale, radius, clusters, tuple(blocks)),
-        )
+        memory = _compact(CodeBook(id, parent, self.layer, self.modules, self._scale, radius, clusters, tuple(blocks)))
         diagnostics = {
             "steps": len(losses) - 1,
             "losses": losses,
             "seconds": time.perf_counter() - clock,
             "radius": radius,
-            "clusters": len(self.memory.clusters),
-            "blocks": len(self.memory.blocks),
+            "clusters": len(memory.clusters),
+            "blocks": len(memory.blocks),
         }
-        return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=self.memory)
+        return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=memory)
+
+    def remember(self, edit: Edit) -> None:
+        """See `Session.remember`."""
+        super().remember(edit)
+        assert isinstance(edit.memory, CodeBook)
+        self.memory = edit.memory
 
     def _train(self, clusters: Sequence[Cluster], blocks: list[Block], trained: Sequence[int], radius: float) -> list[float]:
         """Adam on the blocks `trained`, in whose place the trained ones are put; the loss before each step, and after the last.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from errata.methods.base import Session, check_range
 from errata.methods.locate.ridge import Ridge
-from errata.methods.locate.session import Locate, LocateSession, Writes
+from errata.methods.locate.session import Locate, LocateSession
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
@@ -74,6 +75,7 @@ class MemitSession(LocateSession):
         assert weight is not None  # for_model filled it in
         return Ridge(lambda keys: inverse(keys) / weight, self.lm.anatomy.key_size, device=self.device)
 
-    def remember(self, writes: Writes) -> None:
+    def remember(self, edit: Edit) -> None:
+        super().remember(edit)
         if self.method.history:
-            self.keep_keys(writes)
+            self.keep_keys(edit)

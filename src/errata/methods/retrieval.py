@@ -90,11 +90,15 @@ class _Noting(Session):
                 vectors = torch.cat([before.vectors[old], vectors])
         parent = None if before is None else before.id
         name = grown_id(parent, [fact.to_dict() for fact in facts], method.to_dict(), self.seed, self.count)
-        self.notes = Notes(
-            tuple(noted), method.by, method.k, method.threshold, method.form, name, parent, layer=method.layer, vectors=vectors
-        )
+        notes = Notes(tuple(noted), method.by, method.k, method.threshold, method.form, name, parent, layer=method.layer, vectors=vectors)
         diagnostics = {"notes": len(noted), "seconds": time.perf_counter() - clock}
-        return Edit(self.lm, [], facts, method.to_dict(), self.record(), diagnostics, memory=self.notes)
+        return Edit(self.lm, [], facts, method.to_dict(), self.record(), diagnostics, memory=notes)
+
+    def remember(self, edit: Edit) -> None:
+        """See `Session.remember`."""
+        super().remember(edit)
+        assert isinstance(edit.memory, Notes)
+        self.notes = edit.memory
 
     def state_dict(self) -> dict[str, Any]:
         """The notes too."""

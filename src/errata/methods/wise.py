@@ -187,7 +187,7 @@ class _Siding(Session):
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
         id = grown_id(parent, method, self.record(), [fact.to_dict() for fact in facts], self.seed, self.count, self.lm.fingerprint)
-        self.memory = SideMemory(id, parent, self.module, self.shape, tuple(sides))
+        memory = SideMemory(id, parent, self.module, self.shape, tuple(sides))
         diagnostics = {
             "steps": len(losses) - 1,
             "losses": losses,
@@ -196,8 +196,15 @@ class _Siding(Session):
             "threshold": sides[-1].threshold,
             "unit": self.unit,
             "sides": len(sides),
+            "begun": self.begun,
         }
-        return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=self.memory)
+        return Edit(self.lm, [], facts, method, self.record(), diagnostics, memory=memory)
+
+    def remember(self, edit: Edit) -> None:
+        """See `Session.remember`."""
+        super().remember(edit)
+        assert isinstance(edit.memory, SideMemory)
+        self.memory, self.begun = edit.memory, int(edit.diagnostics["begun"])
 
     def _train(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from errata.disk import replacing
 from errata.statistics.errors import StatisticsError
 
 KEY = "errata"
@@ -20,20 +20,10 @@ Record = dict[str, Any]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a temporary file beside `path`, wait until it is on the disk, and rename it: a reader sees the old file or the new one.
-
-    Nothing is copied in memory. Two processes may write the same path at the same moment: the later one stays.
-    """
+    """In the place of `path`, in one step (`replacing`). Nothing is copied in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(dict(tensors), temporary, metadata={KEY: json.dumps(dict(record), ensure_ascii=False)})
-        _to_disk(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _to_disk(path.parent)
+    with replacing(path) as file:
+        save_file(dict(tensors), file, metadata={KEY: json.dumps(dict(record), ensure_ascii=False)})
 
 
 def read_record(path: Path) -> Record:
@@ -58,11 +48,3 @@ def _open(path: Path, wanted: Callable[[str], bool]) -> tuple[Record, dict[str, 
     if not isinstance(record, dict):
         raise StatisticsError(f"{path} is damaged: its record is a {type(record).__name__}; collect the statistics again")
     return record, tensors
-
-
-def _to_disk(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

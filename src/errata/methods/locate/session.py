@@ -194,17 +194,14 @@ class LocateSession(Session):
         """What becomes of Δ before it is written."""
         return delta
 
-    def remember(self, writes: Writes) -> None:
-        """What is carried on to the next edit."""
-
-    def keep_keys(self, writes: Writes) -> None:
+    def keep_keys(self, edit: Edit) -> None:
         """The keys of this edit stay in the sums (AlphaEdit's K_p; MEMIT with history).
 
         They are the ones that were solved with. Published code computes them once more on the edited model; but the key of a layer
         depends on the layers below it only, and what was written there was in place when the key was taken, so they are the same.
         """
-        for layer, key, _ in writes:
-            self.ridges[layer].remember(key)
+        for layer, ridge in self.ridges.items():
+            ridge.remember(edit.keys[self.lm.anatomy.mlp_down[layer]])
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = Stopwatch()
@@ -214,9 +211,7 @@ class LocateSession(Session):
         clock.lap("keys")
         values = self.values(sweep, requests)
         clock.lap("value")
-        edit, writes = self._written(facts, sweep, values, clock)
-        self.remember(writes)
-        return edit
+        return self._written(facts, sweep, values, clock)
 
     def many(self, wanted: Sequence[Sequence[Fact]]) -> list[Edit | FactError]:
         """Independent edits of the model as it is; nothing is remembered of them. See `Method.many`."""
@@ -239,10 +234,10 @@ class LocateSession(Session):
         for number, sweep in sweeps.items():
             last = first + len(asked[number])
             values, first = found.of(slice(first, last)), last
-            made[number], _ = self._written(list(wanted[number]), sweep, values, Stopwatch(value=share))
+            made[number] = self._written(list(wanted[number]), sweep, values, Stopwatch(value=share))
         return [made[number] for number in range(len(wanted))]
 
-    def _written(self, facts: list[Fact], sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[Edit, Writes]:
+    def _written(self, facts: list[Fact], sweep: Sweep, values: Values, clock: Stopwatch) -> Edit:
         deltas, writes = self.write(sweep, values, clock)
         clock.lap("write")
         keys = {self.lm.anatomy.mlp_down[layer]: key for layer, key, _ in writes}
@@ -254,7 +249,7 @@ class LocateSession(Session):
             "seconds": clock.total,
             **{f"seconds_{stage}": seconds for stage, seconds in clock.stages.items()},
         }
-        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys), writes
+        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys)
 
     def write(self, sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[list[Delta], Writes]:
         """Share what is missing out over the layers (MEMIT eq. 20): at layer i of L a part 1 / (L − i) of what is missing then."""

@@ -1,0 +1,65 @@
+"""Tensors on the disk under the SHA-256 of their file: written whole or not at all, never changed, shared by all who name them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from errata.disk import replacing
+from errata.edits.edit import storable
+from errata.edits.errors import EditError
+
+SUFFIX = ".safetensors"
+
+
+class Objects:
+    """A folder of safetensors files, named by their content."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, tensors: Mapping[str, Tensor]) -> str:
+        """Keep tensors; their name. When it returns they are on the disk."""
+        data = save(storable(tensors))
+        name = hashlib.sha256(data).hexdigest()
+        path = self.path(name)
+        if not path.is_file() or path.stat().st_size != len(data):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write_bytes(data)
+        return name
+
+    def get(self, name: str) -> dict[str, Tensor]:
+        """What was put under that name. Raises EditError if it is missing or damaged."""
+        path = self.path(name)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise EditError(f"{path} is missing; put it back from a backup, or undo the edit that needs it") from None
+        if hashlib.sha256(data).hexdigest() != name:
+            raise EditError(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup, or undo the edit that needs it")
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise EditError(f"{path} holds no tensors ({error}); put it back from a backup, or undo the edit that needs it") from error
+
+    def path(self, name: str) -> Path:
+        """Where an object of that name lies."""
+        return self.folder / name[:2] / f"{name}{SUFFIX}"
+
+    def names(self) -> set[str]:
+        """Of all that is there."""
+        return {path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"??/[!.]*{SUFFIX}")}
+
+    def sweep(self, needed: set[str]) -> None:
+        """Remove what nobody needs: what a process that was killed had written of an edit that never came to be."""
+        for path in self.folder.glob("??/*"):
+            if path.name.removesuffix(SUFFIX) not in needed:
+                with suppress(OSError):  # a later one will
+                    path.unlink()

@@ -1,0 +1,325 @@
+"""The ledger: what it says it keeps is on the disk, exact, in any order; what is damaged or in use says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from errata.edits import Edit, EditError, Stack
+from errata.edits.ledger import DATABASE, OBJECTS, SCHEMA, Ledger, New
+from tests.edits.test_edits import assert_same, make_edit, weights
+from tests.edits.test_edits import make_lm as bare_lm
+from tests.families import language_model
+from tests.methods.test_contract import FACT, method, same, state
+
+
+def make_lm(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    lm = bare_lm(dtype, **changes)
+    lm.dtype = dtype
+    return lm
+
+
+def filled(folder: Path, count: int = 4, lm: Any = None) -> Any:
+    """A ledger of so many edits; its model."""
+    lm = lm or make_lm()
+    with Ledger.write(folder, lm) as ledger:
+        for seed in range(count):
+            ledger.add(New(make_edit(lm, seed), seed=seed, note="asked for by a test"))
+    return lm
+
+
+def now(folder: Path, lm: Any = None) -> dict[str, torch.Tensor]:
+    """The weights that it stands for."""
+    lm = lm or make_lm()
+    with Ledger.open(folder) as ledger:
+        ledger.apply(lm)
+    found = weights(lm)
+    Stack.of(lm).clear()
+    return found
+
+
+def test_what_is_entered_comes_back(tmp_path: Path) -> None:
+    lm = filled(tmp_path / "ledger", 2)
+    with Ledger.open(tmp_path / "ledger") as ledger:
+        first, second = ledger.entries()
+        assert (first.number, second.number, second.parent) == (1, 2, 1)
+        assert first.facts == (make_edit(lm).facts) and first.method == {"name": "toy", "lr": 0.1} and first.seed == 0
+        assert first.note == "asked for by a test" and first.active and first.made.endswith("+00:00")
+        assert ledger.base == ("toy", "f" * 64, "float32")
+        assert ledger.entry("2") == ledger.entry("#2") == ledger.entry(second.id[:6]) == second
+        assert [event.action for event in ledger.events()] == ["made", "made"]
+        assert ledger.verify(lm) == []
+        for seed, entry in enumerate((first, second)):
+            for one, other in zip(ledger.edit(entry, lm).deltas, make_edit(lm, seed).deltas, strict=True):
+                assert one.path == other.path and all(map(torch.equal, one.tensors().values(), other.tensors().values()))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), flips=st.lists(st.integers(1, 5), max_size=12))
+def test_weights_depend_on_what_is_active_alone(dtype: torch.dtype, flips: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each flip undoes or redoes one of five edits: weights and checksum are those of applying the active ones one by one."""
+    folder = tmp_path_factory.mktemp("flips") / "ledger"
+    lm, active, sums = filled(folder, 5, make_lm(dtype)), set(range(1, 6)), {}
+    with Ledger.write(folder) as ledger:
+        for number in flips:
+            (ledger.undo if number in active else ledger.redo)(number)
+            active ^= {number}
+            sums[frozenset(active)] = (ledger.checksum, *sums.get(frozenset(active), ()))
+    assert all(len(set(found)) == 1 for found in sums.values()) and len({found[0] for found in sums.values()}) == len(sums)
+    scratch = make_lm(dtype)
+    for number in sorted(active):
+        make_edit(scratch, number - 1).apply()
+    assert_same(now(folder, lm), weights(scratch))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.sampled_from(["ft-m", "lora", "deltaedit", "undo", "redo"]), min_size=3, max_size=7), draw=st.randoms())
+def test_three_methods_undone_and_redone_at_random(steps: list[str], draw: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The model that lived through it all, against one that takes up the ledger at the end."""
+    lm, folder = language_model("llama"), tmp_path_factory.mktemp("steps") / "ledger"
+    applied: list[Edit] = []
+    with Ledger.write(folder, lm) as ledger:
+        for step in steps:
+            if step in ("undo", "redo"):
+                if not (there := ledger.entries(active=step == "undo")):
+                    continue
+                getattr(ledger, step)(draw.choice(there).number)
+                Stack.of(lm).clear()
+                applied = ledger.apply(lm, keys=True)
+            else:
+                session = method(step, **({"steps": 3} if step != "ft-m" else {})).start(lm)
+                session.resume(applied)
+                made = session.propose([FACT])
+                ledger.add(New(made))
+                made.apply()
+                applied.append(made)
+    fresh = language_model("llama")
+    with Ledger.open(folder) as ledger:
+        ledger.apply(fresh)
+        assert ledger.verify(fresh) == ledger.verify() == []
+    assert same(state(lm), state(fresh))
+
+
+def test_later_edits_are_named_where_one_is_undone(tmp_path: Path) -> None:
+    filled(tmp_path / "ledger", 3)
+    with Ledger.write(tmp_path / "ledger") as ledger:
+        assert ledger.built_on([2]) == [3]
+        ledger.undo(2)
+        assert ledger.built_on([1]) == [3]
+        ledger.add(New(make_edit(make_lm(), 7)))
+        ledger.redo(2)
+        assert ledger.built_on([2]) == [3], "the fourth was made without it"
+        assert [(e.action, e.edit) for e in ledger.events()][3:] == [("undone", 2), ("made", 4), ("redone", 2)]
+
+
+def test_memories_leave_from_the_last_one_back(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    session = method("melo", steps=2).start(lm)
+    with Ledger.write(tmp_path / "ledger", lm) as ledger:
+        for _ in range(2):
+            made = session.edit([FACT])
+            ledger.add(New(made))
+            made.apply()
+        with pytest.raises(EditError, match="from the last one back"):
+            ledger.undo(1)
+        assert len(ledger.entries(active=True)) == 2, "nothing was changed"
+        ledger.undo(2)
+        ledger.undo(1)
+        with pytest.raises(EditError, match="from the first one on"):
+            ledger.redo(2)
+        ledger.redo(1, 2)
+        fresh = language_model("llama")
+        ledger.apply(fresh)
+        assert same(state(lm), state(fresh))
+
+
+def test_one_step_for_an_edit_that_replaces_another(tmp_path: Path) -> None:
+    lm = filled(tmp_path / "ledger", 2)
+    with Ledger.write(tmp_path / "ledger") as ledger:
+        (third,) = ledger.add(New(make_edit(lm, 8)), undoing=[1], reason="replaced")
+        assert third.parent == 2 and [entry.number for entry in ledger.entries(active=True)] == [2, 3]
+        with pytest.raises(EditError, match="undone already; nothing was changed"):
+            ledger.add(New(make_edit(lm, 9)), undoing=[2, 1])
+        assert len(ledger.entries()) == 3 and [entry.number for entry in ledger.entries(active=True)] == [2, 3]
+
+
+def test_one_writer_and_many_readers(tmp_path: Path) -> None:
+    lm = filled(tmp_path / "ledger", 1)
+    with Ledger.write(tmp_path / "ledger") as ledger:
+        with pytest.raises(EditError, match="another process is writing"):
+            Ledger.write(tmp_path / "ledger")
+        with Ledger.open(tmp_path / "ledger") as reader:
+            assert len(reader.entries()) == 1
+            ledger.add(New(make_edit(lm, 5)))
+            assert len(reader.entries()) == 2
+            with pytest.raises(EditError, match="was opened to be read"):
+                reader.undo(1)
+        code = f"from errata.edits.ledger import Ledger\nLedger.write({str(tmp_path / 'ledger')!r})"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another process is writing" in other.stderr
+    Ledger.write(tmp_path / "ledger").close()
+
+
+def test_a_crash_between_tensors_and_row_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, folder = filled(tmp_path / "ledger", 2), tmp_path / "ledger"
+    before = now(folder)
+    with Ledger.write(folder) as ledger, monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_happened", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ledger.add(New(make_edit(lm, 5)))
+        assert len(ledger.objects.names()) == 3
+    assert_same(now(folder), before)
+    with Ledger.write(folder) as ledger:
+        assert ledger.verify(lm) == [] and len(ledger.objects.names()) == 2, "what nobody names is swept away"
+
+
+@pytest.mark.parametrize("what", ["object", "row"])
+def test_a_full_disk_changes_nothing(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, folder = filled(tmp_path / "ledger", 2), tmp_path / "ledger"
+    before = now(folder)
+    with Ledger.write(folder) as ledger, monkeypatch.context() as patch:
+        if what == "object":
+
+            def full(*_: Any) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            patch.setattr("errata.disk.to_disk", full)
+        else:
+            (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
+            ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OSError, match="No space left"):
+            ledger.add(*(New(make_edit(lm, seed), note="x" * 5000) for seed in range(5, 9)))
+        assert not [path for path in folder.rglob("*.tmp")]
+    assert_same(now(folder), before)
+
+
+def flip(path: Path, at: int = -5) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def statement(text: str) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        with sqlite3.connect(folder / DATABASE) as connection:
+            connection.execute(text)
+        connection.close()
+
+    return run
+
+
+def first_object(folder: Path) -> Path:
+    return min((folder / OBJECTS).glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: flip(first_object(folder)), "its SHA-256 is not its name"),
+        (lambda folder: first_object(folder).unlink(), "is missing"),
+        (lambda folder: first_object(folder).write_bytes(b""), "its SHA-256 is not its name"),
+        (statement("UPDATE edits SET facts = replace(facts, 'Lyon', 'Nice') WHERE number = 2"), "row of edit 2"),
+        (statement("UPDATE edits SET active = 0 WHERE number = 1"), "row of edit 1"),
+        (statement("DELETE FROM events WHERE edit = 1"), None),
+        (statement("INSERT INTO events (at, action, edit) VALUES ('now', 'undone', 1)"), "not what happened to it last"),
+        (lambda folder: flip(folder / DATABASE, 4096 + 3), "ledger.sqlite"),
+    ],
+)
+def test_verify_finds_what_is_damaged(damage: Callable[[Path], None], says: str | None, tmp_path: Path) -> None:
+    lm, folder = filled(tmp_path / "ledger", 3), tmp_path / "ledger"
+    damage(folder)
+    with Ledger.open(folder) as ledger:
+        for problems in (ledger.verify(), ledger.verify(lm)):
+            assert any(says in problem for problem in problems) if says else True, problems
+            assert problems
+
+
+def test_damaged_tensors_are_not_applied(tmp_path: Path) -> None:
+    lm, folder = filled(tmp_path / "ledger", 3), tmp_path / "ledger"
+    flip(first_object(folder))
+    before = weights(lm)
+    with Ledger.open(folder) as ledger, pytest.raises(EditError, match="is damaged"):
+        ledger.apply(lm)
+    assert_same(weights(lm), before)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    folder, other = tmp_path / "ledger", make_lm(fingerprint="e" * 64)
+    filled(folder, 1)
+    with Ledger.open(folder) as ledger:
+        with pytest.raises(EditError, match=r"is about the model 'toy' \(float32, ffff"):
+            ledger.apply(other)
+        assert any("is about the model" in problem for problem in ledger.verify(other))
+    with pytest.raises(EditError, match="is about the model"):
+        Ledger.write(folder, other)
+    with Ledger.write(folder) as ledger, pytest.raises(EditError, match="made for another model"):
+        ledger.add(New(make_edit(other)))
+
+
+def test_what_is_no_ledger_says_so(tmp_path: Path) -> None:
+    for opened in (Ledger.open, Ledger.write):
+        with pytest.raises(EditError, match="holds no ledger"):
+            opened(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(EditError, match="exists already and is no ledger"):
+        Ledger.write(tmp_path / "mine", make_lm())
+    (tmp_path / "file").touch()
+    with pytest.raises(EditError, match="exists already and is no ledger"):
+        Ledger.write(tmp_path / "file", make_lm())
+    filled(tmp_path / "ledger", 1)
+    statement(f"PRAGMA user_version = {len(SCHEMA) + 1}")(tmp_path / "ledger")
+    for opened in (Ledger.open, Ledger.write):
+        with pytest.raises(EditError, match="install a newer errata"):
+            opened(tmp_path / "ledger")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / DATABASE).write_text("not a database, but long enough to be looked at as one" * 10)
+    with pytest.raises(EditError, match="not a database"):
+        Ledger.open(tmp_path / "other")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / DATABASE).touch()
+    with pytest.raises(EditError, match="never begun"):
+        Ledger.open(tmp_path / "begun")
+    with Ledger.write(tmp_path / "begun", make_lm()) as ledger:
+        assert ledger.entries() == []
+
+
+def test_refs_that_fit_nothing_or_too_much(tmp_path: Path) -> None:
+    lm = filled(tmp_path / "ledger", 1)
+    with Ledger.write(tmp_path / "ledger") as ledger:
+        for ref in ("7", "zzzz", "", "%", "0"):
+            with pytest.raises(EditError, match=r"no edit of .* there are 1"):
+                ledger.entry(ref)
+        ledger.undo(1)
+        ledger.add(New(make_edit(lm, 0)))
+        assert len({entry.id for entry in ledger.entries()}) == 1, "the same once more has the same name"
+        with pytest.raises(EditError, match=r"2 edits of .* begin with"):
+            ledger.entry(ledger.entry(1).id)
+        with pytest.raises(EditError, match="plain JSON"):
+            ledger.add(New(Edit(lm, [], [FACT], {"name": object()})))
+
+
+def test_a_model_with_edits_is_refused(tmp_path: Path) -> None:
+    lm = filled(tmp_path / "ledger", 1)
+    with make_edit(lm, 3).applied_(), Ledger.open(tmp_path / "ledger") as ledger, pytest.raises(EditError, match="has edits applied"):
+        ledger.apply(lm)
+
+
+def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a mounted image: SQLite may not put its files for sharing beside the database."""
+    filled(tmp_path / "ledger", 2)
+    expected = now(tmp_path / "ledger")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert_same(now(tmp_path / "ledger"), expected)
