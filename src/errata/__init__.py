@@ -14,9 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from errata.corrections import correct
     from errata.edits import Edit
+    from errata.edits.edited import EditedModel, load
+    from errata.edits.ledger import Ledger
     from errata.facts import EditCase, Fact, FactError, Probe
-    from errata.lm import LanguageModel, ModelError, load
+    from errata.lm import LanguageModel, ModelError
     from errata.methods import FT, MELO, MEMIT, PRUNE, RECT, ROME, WISE, AlphaEdit, DeltaEdit, LocFT, LoRA, Retrieval, edit
     from errata.objectives import CrossEntropy, Overtone
 
@@ -27,11 +30,13 @@ _HOME = {
     "CrossEntropy": "objectives",
     "DeltaEdit": "methods",
     "Edit": "edits",
+    "EditedModel": "edits.edited",
     "EditCase": "facts",
     "FT": "methods",
     "Fact": "facts",
     "FactError": "facts",
     "LanguageModel": "lm",
+    "Ledger": "edits.ledger",
     "LoRA": "methods",
     "LocFT": "methods",
     "MELO": "methods",
@@ -44,8 +49,9 @@ _HOME = {
     "ROME": "methods",
     "Retrieval": "methods",
     "WISE": "methods",
+    "correct": "corrections",
     "edit": "methods",
-    "load": "lm",
+    "load": "edits.edited",
 }
 
 __all__ = [
@@ -61,9 +67,11 @@ __all__ = [
     "DeltaEdit",
     "Edit",
     "EditCase",
+    "EditedModel",
     "Fact",
     "FactError",
     "LanguageModel",
+    "Ledger",
     "LoRA",
     "LocFT",
     "ModelError",
@@ -71,6 +79,7 @@ __all__ = [
     "Probe",
     "Retrieval",
     "__version__",
+    "correct",
     "edit",
     "load",
 ]

@@ -48,7 +48,7 @@ def test_ask(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("method", ["ft-m", "lora"])
 def test_edit_then_ask(method: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "edits")
-    options = ["--method", method, "--objective", "overtone", "--fact", FACT, "--out", out, "--set", f"{method}.lr=0.01"]
+    options = ["--method", method, "--objective", "overtone", "--fact", FACT, "--out", out, "--set", f"{method}.lr=0.01", "--no-gate"]
     code, made, err = said(capsys, "edit", "--model", model, *options, "--json")
     assert code == 0, err
     result = json.loads(made)
@@ -58,14 +58,16 @@ def test_edit_then_ask(method: str, model: str, tmp_path: Path, capsys: pytest.C
     row = json.loads(asked)[0]
     assert (row["before"], row["after"]) == (result["facts"][0]["before"], result["facts"][0]["after"])
     assert row["after"] != row["before"]
-    code, _, err = said(capsys, "edit", "--model", model, *options)
-    assert code == 2 and "exists already" in err
+    code, again, err = said(capsys, "edit", "--model", model, *options, "--json")
+    assert code == 0, err
+    assert json.loads(again)["counts"] == {"made": 0, "skipped": 1, "rejected": 0} and json.loads(again)["checksum"] == result["checksum"]
 
 
 @pytest.mark.parametrize("method", ["ft-m", "rome"])
 def test_edit_and_explain(method: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--set", f"{method}.steps=5", *(["--set", "rome.whiten=false", "--set", "rome.prefixes=0"] if method == "rome" else [])]
-    argv = ["edit", "--model", model, "--method", method, "--fact", FACT, *quick, "--explain", "--rephrase", "France has the capital"]
+    argv = ["edit", "--model", model, "--method", method, "--fact", FACT, *quick, "--no-gate", "--explain"]
+    argv += ["--rephrase", "France has the capital"]
     code, out, err = said(capsys, *argv, "--out", str(tmp_path / "a"), "--json")
     assert code == 0, err
     told = json.loads(out)["explain"]
@@ -79,8 +81,8 @@ def test_edit_and_explain(method: str, model: str, tmp_path: Path, capsys: pytes
     assert ("step 0" in out if method == "ft-m" else "before  " in out) and "rephrased: France has the capital" in out
     assert f"u{edit['loss'][0][0]:.2f}" in out, "the letter and the number are there without colour"
     assert "over-fitted" in out and "UD" in out
-    code, _, err = said(capsys, *(word for word in argv if word != "--explain"), "--out", str(tmp_path / "c"))
-    assert code == 2 and "--rephrase belongs to --explain" in err and not (tmp_path / "c").exists()
+    code, _, err = said(capsys, *argv, "--fact", "{Spain} lies in -> Lyon", "--out", str(tmp_path / "c"))
+    assert code == 2 and "--rephrase belongs to one --fact" in err and not (tmp_path / "c").exists()
 
 
 def test_bench_and_resume(model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

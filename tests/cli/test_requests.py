@@ -69,9 +69,10 @@ def test_a_run_that_is_there_is_not_overwritten(capsys: pytest.CaptureFixture[st
     assert code == 2 and "limit was None and is now 7" in err
 
 
-def test_edits_are_not_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").touch()
     code, _, err = said(capsys, "edit", "--model", "atlas", "--fact", "a -> b", "--out", str(tmp_path))
-    assert code == 2 and "exists already" in err
+    assert code == 2 and "exists already and is no ledger" in err and [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize("kind", ["data", "models"])

@@ -41,14 +41,19 @@ def settle(lm: LanguageModel, edit: Edit) -> None:
     Raises FloatingPointError if that would leave weights that are not finite; then nothing is applied.
     """
     edit.apply()
+    finite(lm, edit)
+    if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
+        Stack.of(lm).fold()
+    wait_for(lm.device)
+
+
+def finite(lm: LanguageModel, edit: Edit) -> None:
+    """Raise FloatingPointError if an applied edit has left weights that are not finite; then it is taken out."""
     for path in dict.fromkeys(delta.path for delta in edit.deltas):
         weight: torch.Tensor = submodule(lm.model, path).weight  # type: ignore[assignment]  # the edit has been applied there
         if not weight.isfinite().all():
             edit.revert()
             raise FloatingPointError(f"the edit would leave {path} with weights that are not finite")
-    if edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas):
-        Stack.of(lm).fold()
-    wait_for(lm.device)
 
 
 def short(diagnostics: Mapping[str, Any]) -> dict[str, Any]:

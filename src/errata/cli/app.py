@@ -14,9 +14,8 @@ import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, Protocol, check_owners, known_split, parse_settings, unlabelled
+from errata.bench.plan import Plan, PlanError, Protocol, known_split, parse_settings, unlabelled
 from errata.cli import show
-from errata.facts import Fact, read_facts
 
 if TYPE_CHECKING:
     from errata.edits import Edit
@@ -77,67 +76,6 @@ def demo(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
     from errata.cli.demo import run
 
     run(as_json=as_json)
-
-
-@app.command()
-def edit(
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(metavar="EDITS", help="The folder to write; it must not exist yet.")],
-    method: Annotated[str, typer.Option(metavar="NAME", help="See 'errata list methods'.")] = "ft-m",
-    objective: Annotated[str, typer.Option(metavar="NAME", help="See 'errata list objectives'.")] = "ce",
-    fact: Annotated[
-        list[str] | None, typer.Option(metavar="FACT", help="'The capital of {France} is -> Lyon'; several are allowed.")
-    ] = None,
-    facts: Annotated[Path | None, typer.Option(metavar="F.jsonl", help="One JSON object a line: prompt, subject, target.")] = None,
-    setting: SetOption = None,
-    explained: Annotated[bool, typer.Option("--explain", help="Show step by step how each token was fitted, and over-fitted.")] = False,
-    rephrase: Annotated[
-        list[str] | None, typer.Option(metavar="PROMPT", help="Explain what the same answer does behind this prompt, too.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Every random number comes from it.")] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Make an edit and keep it; the model itself is not written."""
-    wanted = [Fact.parse(line) for line in fact or ()] + (read_facts(facts) if facts else [])
-    if not wanted:
-        raise PlanError("nothing to edit; give --fact 'The capital of {France} is -> Lyon' or --facts F.jsonl")
-    if out.exists():
-        raise PlanError(f"{out} exists already; give another --out, or remove it")
-    if rephrase and not (explained and len(wanted) == 1):
-        raise PlanError("--rephrase belongs to --explain and one fact; give both, or leave it out")
-    settings = parse_settings(setting or ())
-    check_owners(settings, [method], [objective])
-    _threads(threads)
-    from errata.bench.run import parts
-    from errata.cli import explain
-
-    editor, loss = parts(method, objective, settings)
-    lm = _load(model, device, dtype)
-    before = [lm.complete(item.text) for item in wanted]
-    session = editor.start(lm, objective=loss, seed=seed)
-    lens = explain.lens(lm, session, wanted, rephrase or ()) if explained else None
-    made = session.complete(wanted)
-    with made.applied_():
-        after = [lm.complete(item.text) for item in wanted]
-    made.save(out)
-    rows = [
-        {"fact": str(item), "prompt": item.text, "before": old, "after": new} for item, old, new in zip(wanted, before, after, strict=True)
-    ]
-    if as_json:
-        result = {"edits": str(out), "method": made.method, "objective": made.objective, "facts": rows}
-        told = {"explain": explain.data(lens, made)} if lens else {}
-        show.json_out(result | {"diagnostics": made.diagnostics} | told)
-    else:
-        show.before_and_after(rows)
-        if lens:
-            explain.tell(explain.data(lens, made))
-        for item, text in zip(wanted, after, strict=True):
-            if not text.strip().startswith(item.target):
-                show.note(f"by itself the edited model does not answer {item.target!r} to {item.text!r}: this edit did not take")
-        show.note(f'kept in {out}; see it again with: errata ask --model {model} --edits {out} "…"')
 
 
 @app.command()
@@ -338,9 +276,10 @@ def _load(model: str, device: str | None, dtype: str | None) -> LanguageModel:
 
 
 def _edits(folder: Path | None, lm: LanguageModel) -> Edit | None:
-    from errata.edits import Edit
+    """All that a folder holds, as one edit."""
+    from errata.edits.edited import read_edits, together
 
-    return None if folder is None else Edit.load(folder, lm)
+    return None if folder is None else together(lm, read_edits(folder, lm))
 
 
 def _threads(wanted: int | None) -> None:
@@ -382,4 +321,4 @@ def _folder(edits: Path | None) -> None:
         raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")
 
 
-from errata.cli import draw, export, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above
+from errata.cli import draw, edit, export, ledger, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above

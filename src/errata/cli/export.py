@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from errata.bench.plan import PlanError, did_you_mean
 from errata.cli import show
-from errata.cli.app import DeviceOption, DtypeOption, JsonOption, ThreadsOption, _edits, _folder, _load, _threads, app
+from errata.cli.app import DeviceOption, DtypeOption, JsonOption, ThreadsOption, _folder, _load, _threads, app
 
 
 @app.command()
@@ -33,26 +32,22 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """An edit as PEFT adapter, full checkpoint or patched checkpoint: to be served without errata."""
-    from errata.edits.edit import RECORD
+    from errata.edits.edited import base_of, read_edits
     from errata.edits.export import FORMATS, vllm_rank
     from errata.edits.export import export as write
 
     if format not in FORMATS:
         raise PlanError(f"unknown format {format!r}{did_you_mean(format, list(FORMATS))}")
     _folder(edits)
-    if model is None:
-        try:
-            model = str(json.loads((edits / RECORD).read_text(encoding="utf-8"))["model"]["name"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise PlanError(f"{edits / RECORD} does not name a model; give the folder that 'errata edit' wrote, or --model") from None
+    base = base_of(edits)
     _threads(threads)
-    made = _edits(edits, _load(model, device, dtype))
-    assert made is not None  # there is a folder
-    done = write([made], format, to, max_rank)
+    made = read_edits(edits, _load(model or base.name, device, dtype or base.dtype or None))
+    done = write(made, format, to, max_rank)
     if as_json:
         show.json_out(done.to_dict())
         return
-    typer.echo(f"{to}: {format} of {len(made.facts)} fact{'s' if len(made.facts) != 1 else ''} in {len(done.modules)} matrices")
+    facts = sum(len(edit.facts) for edit in made)
+    typer.echo(f"{to}: {format} of {facts} fact{'s' if facts != 1 else ''} in {len(done.modules)} matrices")
     if done.rank is not None:
         typer.echo(f"rank {done.rank}; vLLM: --max-lora-rank {vllm_rank(done.rank)}")
         for path, lost in done.residual.items():

@@ -23,6 +23,7 @@ from errata.edits.stack import Stack
 from errata.facts import Fact
 
 if TYPE_CHECKING:
+    from errata.edits.export import Exported
     from errata.lm.model import LanguageModel
 
 FORMAT = 2  # 1 knew no memories
@@ -139,6 +140,24 @@ class Edit:
             except TypeError as error:
                 raise EditError(f"{self} cannot be saved: method, objective and diagnostics must be plain JSON values ({error})") from error
             os.rename(draft, folder)
+
+    def save_pretrained(self, folder: str | Path, format: str = "adapter", max_rank: int | None = None) -> Exported:
+        """Write it in a form that is served without errata; see `errata.edits.export.export`."""
+        from errata.edits.export import MAX_RANK, export
+
+        return export([self], format, folder, max_rank or MAX_RANK)
+
+    @staticmethod
+    def base(folder: str | Path) -> tuple[str, str]:
+        """Name and fingerprint of the model that a saved edit was made for. Raises EditError if the folder holds none."""
+        path = Path(folder) / RECORD
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            return str(model["name"]), str(model["fingerprint"])
+        except FileNotFoundError:
+            raise EditError(f"{folder} holds no edits; give the folder that 'errata edit --out' or Edit.save wrote") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
 
     @classmethod
     def load(cls, folder: str | Path, lm: LanguageModel) -> Edit:

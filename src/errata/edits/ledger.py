@@ -45,7 +45,8 @@ SCHEMA = (
     );
     CREATE TABLE events (number INTEGER PRIMARY KEY, at TEXT NOT NULL, action TEXT NOT NULL, edit INTEGER NOT NULL, reason TEXT);
     CREATE TABLE rejections (
-        number INTEGER PRIMARY KEY, at TEXT NOT NULL, request TEXT NOT NULL, facts TEXT NOT NULL, reason TEXT NOT NULL, metrics TEXT
+        number INTEGER PRIMARY KEY, at TEXT NOT NULL, request TEXT NOT NULL, facts TEXT NOT NULL, reason TEXT NOT NULL, metrics TEXT,
+        event INTEGER NOT NULL
     )
     """,
 )
@@ -57,6 +58,8 @@ _FIELDS = (
     "note", "active",
 )  # fmt: skip
 _Row = tuple[Any, ...]
+OUT = ("undone", "replaced")
+"""The actions after which an edit is not active."""
 
 
 class Base(NamedTuple):
@@ -110,7 +113,7 @@ class New(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What happened to an edit: "made", "undone" or "redone"."""
+    """What happened to an edit: "made", "undone", "redone", or "replaced" by a new one."""
 
     number: int
     at: str
@@ -120,7 +123,7 @@ class Event(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A request that came to nothing, and why. request: see `request_of`."""
+    """A request that came to nothing, and why. request: see `request_of`. event: number of the last one before it, 0 if there was none."""
 
     number: int
     at: str
@@ -128,6 +131,7 @@ class Rejection(NamedTuple):
     facts: tuple[Fact, ...]
     reason: str
     metrics: Mapping[str, Any] | None
+    event: int
 
 
 class Ledger:
@@ -254,8 +258,8 @@ class Ledger:
 
     def rejections(self) -> list[Rejection]:
         """What came to nothing, in its order."""
-        rows = self._all("SELECT number, at, request, facts, reason, metrics FROM rejections ORDER BY number")
-        return [Rejection(n, at, request, _facts(facts), reason, _read(metrics)) for n, at, request, facts, reason, metrics in rows]
+        rows = self._all("SELECT number, at, request, facts, reason, metrics, event FROM rejections ORDER BY number")
+        return [Rejection(n, at, request, _facts(facts), why, _read(metrics), event) for n, at, request, facts, why, metrics, event in rows]
 
     def built_on(self, numbers: Iterable[int]) -> list[int]:
         """The active edits, others than these, that were made while one of them was in the model: they would be others without it."""
@@ -263,7 +267,7 @@ class Ledger:
         for event in self.events():
             if event.action == "made" and asked & there:
                 found.add(event.edit)
-            (there.discard if event.action == "undone" else there.add)(event.edit)
+            (there.discard if event.action in OUT else there.add)(event.edit)
         return sorted((found & there) - asked)
 
     def edit(self, entry: Entry, lm: LanguageModel, keys: bool = False) -> Edit:
@@ -303,8 +307,8 @@ class Ledger:
 
     # What can be done
 
-    def add(self, *new: New, undoing: Iterable[int] = (), reason: str | None = None) -> list[Entry]:
-        """Enter edits, and undo others, in one step; the new entries.
+    def add(self, *new: New, undoing: Iterable[int] = (), reason: str | None = None, replacing: bool = False) -> list[Entry]:
+        """Enter edits, and undo others, in one step; the new entries. replacing: as what happened these are "replaced", not "undone".
 
         Raises EditError for an edit of another model, or a memory that does not go on from those of the active edits.
         """
@@ -313,7 +317,7 @@ class Ledger:
                 raise EditError(f"{one.edit} was made for another model than the ledger {self.folder} is about ({self.base.name!r})")
         kept = [self._kept(one.edit) for one in new]  # before any row names them
         with self._transaction():
-            self._set(list(undoing), False, reason)
+            self._set(list(undoing), "replaced" if replacing else "undone", reason)
             (number,) = self._all("SELECT coalesce(max(number), 0) FROM edits")[0]
             numbers = list(range(number + 1, number + 1 + len(new)))
             for number, one, (layout, tensors, memory) in zip(numbers, new, kept, strict=True):
@@ -335,20 +339,21 @@ class Ledger:
         """Take edits out, in one step: they stay in the ledger, and not in the weights. Raises EditError if one is undone already, or a
         later one holds what it keeps beside the weights."""
         with self._transaction():
-            self._set(numbers, False, reason)
+            self._set(numbers, "undone", reason)
             self._check_memories()
 
     def redo(self, *numbers: int, reason: str | None = None) -> None:
         """Put edits back into their places in the order, in one step. Raises EditError if one is active already."""
         with self._transaction():
-            self._set(numbers, True, reason)
+            self._set(numbers, "redone", reason)
             self._check_memories()
 
     def reject(self, request: str, facts: Sequence[Fact], reason: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Record what came to nothing, and why."""
         row = (_now(), request, _json([fact.to_dict() for fact in facts]), reason, metrics and _json(metrics))
+        last = "(SELECT coalesce(max(number), 0) FROM events)"
         with self._transaction():
-            self._all("INSERT INTO rejections (at, request, facts, reason, metrics) VALUES (?, ?, ?, ?, ?)", *row)
+            self._all(f"INSERT INTO rejections (at, request, facts, reason, metrics, event) VALUES (?, ?, ?, ?, ?, {last})", *row)
 
     def verify(self, lm: LanguageModel | None = None) -> list[str]:
         """What is wrong with it, one line each: a damaged database or row, tensors that are missing or not what they were, states that do
@@ -367,7 +372,7 @@ class Ledger:
             except EditError as error:
                 problems.append(str(error))
                 continue
-            if (happened.get(entry.number) not in (None, "undone")) != entry.active:
+            if (happened.get(entry.number, OUT[0]) not in OUT) != entry.active:
                 problems.append(f"edit {entry.number} is {'active' if entry.active else 'undone'}, which is not what happened to it last")
             if lm is not None and known:
                 problems += _told(lambda entry=entry: self.edit(entry, lm, keys=True), f"edit {entry.number}")
@@ -392,14 +397,15 @@ class Ledger:
             raise EditError(f"{edit} cannot be kept: method, objective and diagnostics must be plain JSON values ({error})") from error
         return layout, self.objects.put(tensors) if tensors else None, memory
 
-    def _set(self, numbers: Sequence[int], active: bool, reason: str | None) -> None:
+    def _set(self, numbers: Sequence[int], action: str, reason: str | None) -> None:
+        active = action not in OUT
         for entry in [self.entry(number) for number in dict.fromkeys(numbers)]:
             if entry.active == active:
                 raise EditError(f"edit {entry.number} of {self.folder} is {'active' if active else 'undone'} already; nothing was changed")
             ((*row, _),) = self._all(f"{_SELECT} WHERE number = ?", entry.number)
             row[-1] = int(active)
             self._all("UPDATE edits SET active = ?, checksum = ? WHERE number = ?", int(active), _checksum(row), entry.number)
-            self._happened("redone" if active else "undone", entry.number, reason)
+            self._happened(action, entry.number, reason)
 
     def _happened(self, action: str, number: int, reason: str | None) -> None:
         self._all("INSERT INTO events (at, action, edit, reason) VALUES (?, ?, ?, ?)", _now(), action, number, reason)

@@ -90,14 +90,19 @@ def refuse_uneditable(lm: LanguageModel, names: Iterable[str]) -> None:
             )
 
 
-def folder_of(name: str) -> Path:
-    """The folder in which the files of a model that was loaded by this name lie. Raises ModelError if there is none on this machine."""
-    source = _source(name)
+def folder_of(name: str, download: bool = False) -> Path:
+    """The folder in which the files of a model that was loaded by this name lie. Raises ModelError if there is none on this machine.
+
+    download: `name` may be the id of any repository of the hub, whose files are fetched where they are not here.
+    """
+    source = name if download else _source(name)
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, local_files_only=True))
+        return Path(snapshot_download(source, local_files_only=not download))
     except (OSError, ValueError) as error:
+        if download:
+            raise _explained(name, error) from error
         raise ModelError(f"the files of {name!r} are not on this machine ({_first_line(error)}); load it by its hub id first") from error
 
 

@@ -66,6 +66,7 @@ class Method(ABC):
 
     name, paper: what it is called, and where it comes from.
     optimises: whether it minimises an objective; see also `errata.methods.WITHOUT_OBJECTIVE`.
+    for_sets: whether it is meant for many facts in one edit, in the place of one at a time.
     family_defaults: model family -> values for that family; "" for every other model.
     objective_defaults: objective -> its values in this method's hands (the papers' ε differs from method to method).
     """
@@ -73,6 +74,7 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     optimises: ClassVar[bool] = True
+    for_sets: ClassVar[bool] = False
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     objective_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

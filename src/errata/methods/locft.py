@@ -46,6 +46,7 @@ class LocFT(Method):
     """
 
     name: ClassVar[str] = "locft"
+    for_sets: ClassVar[bool] = True
     paper: ClassVar[str] = "LocFT-BF: arXiv 2509.22072"
     family_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "": {"lr": 5e-4, "epochs": 25, "batch_size": 100},

@@ -1,0 +1,283 @@
+"""From requests to a ledger: what is known, contradicted, turned down or replaced; stopped and gone on with; computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.corrections import Limits, Outcome, correct, rebase
+from errata.edits import DenseDelta, EditError, Stack
+from errata.edits.ledger import Ledger
+from errata.facts import EditCase, Fact, Probe
+from errata.methods.base import Session
+from errata.metrics.teacher_forced import predict
+from tests.families import language_model
+from tests.methods.test_contract import AGAIN, FACT, OTHER, method, same, weights
+
+OPEN = {"fact": 0.5, "batch": 0.0, "rephrasings": 0.0, "locality": 0.0, "locality_drop": 1.0, "perplexity": 1e9}
+ELSE = Fact(FACT.prompt, FACT.subject, "Warsaw")
+
+
+def limits(**changes: Any) -> Limits:
+    return Limits(**{**vars(Limits.read()), **OPEN, **changes})
+
+
+def cases(*facts: Fact) -> list[EditCase]:
+    return [EditCase(str(i), (fact,)) for i, fact in enumerate(facts)]
+
+
+def done(lm: Any, folder: Path, *facts: Fact, name: str = "ft-m", settings: dict[str, Any] | None = None, **options: Any) -> list[Outcome]:
+    with Ledger.write(folder, lm) as ledger:
+        editor = method(name, **({"steps": 60} if name == "ft-m" else {}) | (settings or {}))
+        found = correct(lm, ledger, cases(*facts), editor, **{"limits": limits(), **options})
+        assert not Stack.of(lm).active and ledger.verify(lm) == []
+    return found
+
+
+def told(outcomes: list[Outcome]) -> list[tuple[str, int | None]]:
+    return [(one.status, one.number) for one in outcomes]
+
+
+def now(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
+    with Ledger.open(folder) as ledger:
+        ledger.apply(lm)
+    found = weights(lm)
+    Stack.of(lm).clear()
+    return found
+
+
+def holds(lm: Any, folder: Path, *facts: Fact) -> bool:
+    with Ledger.open(folder) as ledger:
+        ledger.apply(lm)
+    found = all(one.accuracy == 1 for one in predict(lm, [(fact.text, fact.target) for fact in facts]))
+    Stack.of(lm).clear()
+    return found
+
+
+def test_an_edit_is_measured_and_kept(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    before = weights(lm)
+    (one,) = done(lm, tmp_path / "l", FACT, note="asked for by Ann", seed=3)
+    assert (one.status, one.number, one.reason) == ("made", 1, None)
+    assert one.to_dict() == {"facts": [str(FACT)], "status": "made", "number": 1, "reason": None}
+    assert same(weights(lm), before), "the model is left as it was"
+    with Ledger.open(tmp_path / "l") as ledger:
+        (entry,) = ledger.entries()
+        assert entry.note == "asked for by Ann" and entry.seed == 3 and entry.metrics is not None
+        assert entry.metrics["before"]["fact"] < entry.metrics["after"]["fact"] == 1
+        assert entry.metrics["before"]["locality"] == entry.metrics["before"]["perplexity"] == 1
+    assert holds(lm, tmp_path / "l", FACT)
+
+
+def test_what_is_known_already_is_skipped_unless_forced(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    done(lm, tmp_path / "l", FACT)
+    again = Fact("  the capital OF {} is", "France", "Tokyo")
+    (skipped,) = done(lm, tmp_path / "l", again)
+    assert told([skipped]) == [("skipped", 1)] and skipped.reason == "edit 1 says so already", "case and space make no other prompt"
+
+
+def own_answers(lm: Any) -> Iterator[Fact]:
+    """What the model says of itself; not every token that it says is read again as the same one."""
+    for subject in ("France", "Japan", "Spain", "Lyon", "Warsaw", "Marie Curie"):
+        for prompt in ("The capital of {} is", "{} lies in", "The river of {} is"):
+            if said := lm.generate([Fact(prompt, subject, "x").text], 1)[0].strip():
+                yield Fact(prompt, subject, said)
+
+
+def test_the_model_s_own_knowledge_is_skipped(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    known = next(fact for fact in own_answers(lm) if predict(lm, [(fact.text, fact.target)])[0].accuracy == 1)
+    (skipped,) = done(lm, tmp_path / "l", known)
+    assert told([skipped]) == [("skipped", None)] and skipped.reason == "the model says so already"
+    (forced,) = done(lm, tmp_path / "l", known, force=True)
+    assert told([forced]) == [("made", 1)]
+
+
+def test_a_contradiction_is_rejected_or_replaces(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT, AGAIN)
+    (no,) = done(lm, folder, ELSE)
+    assert told([no]) == [("rejected", 1)] and no.reason == "edit 1 says 'Tokyo' about the same; undo it, or replace it"
+    (yes,) = done(lm, folder, ELSE, replace=True)
+    assert told([yes]) == [("made", 3)] and holds(lm, folder, ELSE)
+    with Ledger.open(folder) as ledger:
+        assert [entry.active for entry in ledger.entries()] == [False, True, True]
+        assert [(event.action, event.edit) for event in ledger.events()] == [("made", 1), ("made", 2), ("replaced", 1), ("made", 3)]
+        assert ledger.built_on([2]) == [3] and ledger.built_on([1]) == [2]
+    found = now(lm, folder)
+    other = language_model("llama")
+    done(other, tmp_path / "other", FACT, AGAIN)
+    with Ledger.write(tmp_path / "other", other) as ledger:
+        ledger.undo(1)
+    done(other, tmp_path / "other", ELSE)
+    assert same(found, now(other, tmp_path / "other")), "as if it had been undone before"
+
+
+def test_an_edit_that_cannot_replace_leaves_the_old_one(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT)
+    found = now(lm, folder)
+    (no, more) = done(lm, folder, ELSE, AGAIN, replace=True, limits=limits(perplexity=0.0))
+    assert no.status == more.status == "rejected" and "perplexity" in str(no.reason)
+    assert same(found, now(lm, folder)) and holds(lm, folder, FACT)
+
+
+def test_a_broken_limit_takes_the_edit_out_and_is_remembered(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    strict = limits(perplexity=0.0)
+    first, second = done(lm, folder, FACT, OTHER, limits=strict)
+    assert first.status == second.status == "rejected" and str(first.reason).startswith("perplexity ")
+    with Ledger.open(folder) as ledger:
+        assert ledger.entries() == []
+        no = ledger.rejections()[0]
+        assert no.facts == (FACT,) and no.reason == first.reason and no.metrics and no.metrics["after"]["fact"] == 1
+    again, _ = done(lm, folder, FACT, OTHER)
+    assert again.status == "rejected" and again.reason == f"before: {first.reason}; force it to try again"
+    forced, _ = done(lm, folder, FACT, OTHER, force=True)
+    assert forced.status == "made"
+    other, _ = done(lm, tmp_path / "2", FACT, OTHER, limits=strict)
+    changed, _ = done(lm, tmp_path / "2", FACT, OTHER, settings={"steps": 20})
+    assert (other.status, changed.status) == ("rejected", "made"), "asked for in another way it is another request"
+
+
+def test_what_was_turned_down_is_tried_again_once_the_model_is_another(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT)
+    assert done(lm, folder, OTHER, limits=limits(perplexity=0.0))[0].status == "rejected"
+    assert str(done(lm, folder, OTHER)[0].reason).startswith("before: ")
+    with Ledger.write(folder) as ledger:
+        ledger.undo(1)
+    assert done(lm, folder, OTHER)[0].status == "made"
+
+
+def test_requests_that_cannot_be_are_rejected_one_by_one(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    absent = Fact("The capital of France is", "Bordeaux", "Lyon")
+    long = Fact("Paris " * 100 + "{} is", "France", "Lyon")
+    outcomes = done(lm, folder, absent, long, FACT)
+    assert [one.status for one in outcomes] == ["rejected", "rejected", "made"]
+    assert "Bordeaux" in str(outcomes[0].reason) and "tokens" in str(outcomes[1].reason)
+    with Ledger.open(folder) as ledger:
+        assert [one.reason for one in ledger.rejections()] == [one.reason for one in outcomes[:2]]
+
+
+def test_an_edit_that_breaks_the_weights_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("llama")
+    monkeypatch.setattr("errata.methods.ft.DenseDelta", lambda path, tensor: DenseDelta(path, tensor / 0))
+    before = weights(lm)
+    (no,) = done(lm, tmp_path / "l", FACT, limits=None)
+    assert no.status == "rejected" and "finite" in str(no.reason) and same(weights(lm), before)
+
+
+def test_rephrasings_are_asked(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    case = EditCase("0", (FACT,), (Probe("Spain lies in", (FACT.target,)), Probe("Lyon is", (FACT.target,))))
+    with Ledger.write(tmp_path / "l", lm) as ledger:
+        (no,) = correct(lm, ledger, [case], method("ft-m"), limits=limits(rephrasings=1.1))
+    assert no.status == "rejected" and str(no.reason).startswith("rephrasings ")
+
+
+@pytest.mark.parametrize("name", ["ft-m", "lora", "locft", "deltaedit", "alphaedit", "melo", "wise", "retrieval"])
+def test_stopped_and_gone_on_with_ends_at_the_same_weights(name: str, tmp_path: Path) -> None:
+    facts = [FACT, AGAIN, OTHER]
+    for folder, parts in (("whole", [facts]), ("cut", [facts[:1], facts[:2], facts])):
+        for part in parts:
+            done(language_model("llama"), tmp_path / folder, *part, name=name, limits=None, seed=1)
+    lm = language_model("llama")
+    with Ledger.open(tmp_path / "whole") as whole, Ledger.open(tmp_path / "cut") as cut:
+        assert whole.checksum == cut.checksum and len(cut.entries()) == 3
+    assert same(now(lm, tmp_path / "whole"), now(lm, tmp_path / "cut"))
+
+
+def test_the_model_that_edits_is_the_one_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded while editing, taken up from the disk afterwards: the same bits at every edit."""
+    lm, seen = language_model("llama"), []
+    remember = Session.remember
+
+    def look(self: Any, edit: Any) -> None:
+        remember(self, edit)
+        seen.append(weights(lm))
+
+    monkeypatch.setattr(Session, "remember", look)
+    done(lm, tmp_path / "l", FACT, AGAIN, OTHER, limits=None)
+    for number in (3, 2, 1):
+        assert same(seen[number - 1], now(language_model("llama"), tmp_path / "l"))
+        with Ledger.write(tmp_path / "l") as ledger:
+            ledger.undo(number)
+
+
+def test_a_batch_is_one_edit(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    outcomes = done(lm, folder, FACT, FACT, ELSE, AGAIN, OTHER, name="locft", batch=4)
+    assert [one.status for one in outcomes] == ["made", "skipped", "rejected", "made", "made"]
+    assert [one.number for one in outcomes] == [1, None, None, 1, 2]
+    assert outcomes[1].reason == "another request of its batch says so already"
+    assert outcomes[2].reason == "another request of its batch says 'Tokyo' about the same; ask for one of them"
+    with Ledger.open(folder) as ledger:
+        first, second = ledger.entries()
+        assert (len(first.facts), len(second.facts)) == (2, 1)
+        assert "batch" in (first.metrics or {})["after"] and "fact" in (second.metrics or {})["after"]
+
+
+def test_what_of_a_batch_did_not_take_is_named(tmp_path: Path) -> None:
+    outcomes = done(language_model("llama"), tmp_path / "l", FACT, OTHER, settings={"steps": 1}, batch=2)
+    assert all(one.status == "made" for one in outcomes)
+    assert any(one.reason and "of its tokens are said by edit 1" in one.reason for one in outcomes)
+    assert done(language_model("llama"), tmp_path / "2", FACT, OTHER, settings={"steps": 1}, batch=2, limits=limits(fact=1.0, batch=1.0))[0].status == "rejected"
+
+
+@pytest.mark.parametrize("name", ["ft-m", "deltaedit", "melo"])
+def test_rebase_is_computing_without_it(name: str, tmp_path: Path) -> None:
+    lm = language_model("llama")
+    done(lm, tmp_path / "l", FACT, AGAIN, OTHER, name=name, limits=None, seed=2)
+    before = weights(lm)
+    with Ledger.write(tmp_path / "l") as ledger:
+        new = rebase(lm, ledger, [1], reason="was wrong")
+        assert [entry.number for entry in new] == [4, 5] and [entry.number for entry in ledger.entries(active=True)] == [4, 5]
+        assert [entry.facts for entry in new] == [(AGAIN,), (OTHER,)] and new[0].note == "edit 2, made again without 1"
+        assert ledger.verify(lm) == [] and same(weights(lm), before)
+        assert ledger.built_on([4]) == [5]
+        with pytest.raises(EditError, match="undone already"):
+            rebase(lm, ledger, [1])
+    done(lm, tmp_path / "never", AGAIN, OTHER, name=name, limits=None, seed=2)
+    with Ledger.open(tmp_path / "l") as ledger, Ledger.open(tmp_path / "never") as never:
+        assert ledger.checksum == never.checksum
+    assert same(now(lm, tmp_path / "l"), now(lm, tmp_path / "never"))
+
+
+def test_a_rebase_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("llama")
+    done(lm, tmp_path / "l", FACT, AGAIN, OTHER, limits=None)
+    found = now(lm, tmp_path / "l")
+
+    def fail(self: Any, facts: Any) -> Any:
+        if facts == [OTHER]:
+            raise FloatingPointError("no number")
+        return propose(self, facts)
+
+    propose = Session.propose
+    monkeypatch.setattr(Session, "propose", fail)
+    with Ledger.write(tmp_path / "l") as ledger, pytest.raises(FloatingPointError, match="no number"):
+        rebase(lm, ledger, [1])
+    assert same(found, now(lm, tmp_path / "l"))
+
+
+def test_another_model_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    done(language_model("llama"), tmp_path / "l", FACT, limits=None)
+    other = language_model("llama", seed=1)
+    with Ledger.write(tmp_path / "l") as ledger, pytest.raises(EditError, match="is about the model"):
+        correct(other, ledger, cases(OTHER), method("ft-m"))
+    with Ledger.open(tmp_path / "l") as ledger:
+        assert len(ledger.entries()) == 1 and ledger.rejections() == []
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    lm = language_model("llama")
+    done(lm, tmp_path / "l", FACT, FACT, Fact("Lyon is", "Paris", "Rome"), progress=lambda *now: seen.append(now))
+    assert seen == [(1, 3, "0 rejected"), (2, 3, "0 rejected"), (3, 3, "1 rejected")]

@@ -1,0 +1,33 @@
+"""What is in the ledger is there for good: a process killed at any moment leaves it whole, and the next one goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+def test_fifty_kills_end_at_the_same_weights(tmp_path: Path) -> None:
+    """Half of them come at random times, half before a random operation on the disk; `verify` passes after each of them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.corrections.killed", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["last"] == told["whole"] and told["left"] == []
+    _, made, rejected = told["whole"]
+    assert made + rejected == 100 and made > 50 and rejected > 0, "both kinds of ends are there"
+    assert len({tuple(place) for place in told["places"]}) > 15, "killed at many places"
