@@ -28,6 +28,15 @@ def replacing(path: Path) -> Iterator[Path]:
         to_disk(path.parent)
 
 
+def folders(path: Path) -> None:
+    """Make a folder and those that it lies in. When it returns their names are on the disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        for place in reversed(missing):
+            to_disk(place.parent)
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

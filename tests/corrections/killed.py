@@ -24,7 +24,8 @@ limits = Limits(**{**vars(Limits.read()), "fact": 0.0, "locality": 0.0, "localit
 
 
 def cases() -> list[EditCase]:
-    prompts = [f"{thing} number {number} of {{}} is" for number in range(25) for thing in ("The river", "The capital", "A town", "The king")]
+    things = ("The river", "The capital", "A town", "The king")
+    prompts = [f"{thing} number {number} of {{}} is" for number in range(25) for thing in things]
     return [EditCase(str(i), (Fact(prompt, COUNTRIES[i % 4], "Tokyo" if i % 3 else "Lyon"),)) for i, prompt in enumerate(prompts)]
 
 

@@ -121,7 +121,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
 )
 def test_a_broken_file_says_where(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "limits.yaml").write_text(text)
-    with pytest.raises(EditError, match="limits.yaml") as error:
+    with pytest.raises(EditError, match=r"limits\.yaml") as error:
         Limits.read(tmp_path / "limits.yaml")
     assert says in str(error.value)
 

@@ -250,8 +250,8 @@ def flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / RECORD).unlink(), r"edit\.json does not exist"),
-        (lambda folder: (folder / TENSORS).unlink(), r"deltas\.safetensors does not exist"),
+        (lambda folder: (folder / RECORD).unlink(), r"holds no edits \(edit\.json is missing\)"),
+        (lambda folder: (folder / TENSORS).unlink(), r"holds no edits \(deltas\.safetensors is missing\)"),
         (lambda folder: (folder / RECORD).write_text('{"format": 1, "fac'), r"edit\.json is damaged"),
         (lambda folder: (folder / RECORD).write_bytes(b"\xff\xfe"), r"edit\.json is damaged"),
         (lambda folder: (folder / RECORD).write_text("[]"), r"edit\.json is damaged"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 SHOWN = 24
 """So many facts are shown with what the model says before and after."""
+ANSWER = 16
+"""Tokens of what it says."""
 
 
 @app.command()
@@ -85,12 +89,13 @@ def edit(
     try:
         if ledger is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise PlanError(f"{out} exists already and is no ledger; give another --out")
+        _writable(out)
         lm = _load(model, device, dtype or (ledger.base.dtype if ledger else None))
         if ledger is None:
             editor.start(lm, objective=loss, seed=seed)  # what cannot edit this model says so before anything is written
             ledger = Ledger.write(out, lm)
         ledger.check_base(lm)
-        shown = [item for case in cases for item in case.facts][:SHOWN]
+        shown = [item for case in cases for item in case.facts if _short(lm, item)][:SHOWN]
         before = _answers(ledger, lm, shown)
         lenses: list[Any] = []
 
@@ -113,6 +118,13 @@ def edit(
     finally:
         if ledger is not None:
             ledger.close()
+
+
+def _writable(out: Path) -> None:
+    """Raise PermissionError where nothing may be written: before minutes of loading, not after."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, "nothing may be written here", str(there))
 
 
 def _report(
@@ -155,9 +167,20 @@ def _answers(ledger: Ledger, lm: LanguageModel, facts: list[Fact]) -> list[str]:
 
     try:
         ledger.apply(lm)
-        return lm.generate([item.text for item in facts], 16, stop_at_newline=False)
+        return lm.generate([item.text for item in facts], ANSWER, stop_at_newline=False)
     finally:
         Stack.of(lm).clear()
+
+
+def _short(lm: LanguageModel, fact: Fact) -> bool:
+    """Whether the model can read its prompt and answer; if not, the request is rejected, and need not be shown."""
+    from errata.lm import ModelError, encode
+
+    try:
+        lm.check_length(len(encode(lm.tokenizer, fact.text).ids) + ANSWER)
+    except ModelError:
+        return False
+    return True
 
 
 def _parts(case: Any) -> tuple[Fact, dict[str, Any]]:

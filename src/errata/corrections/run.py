@@ -144,6 +144,7 @@ class _Desk:
         self.lm, self.ledger, self.method, self.objective, self.seed = lm, ledger, method, objective, seed
         self.limits, self.force, self.note = limits, force, note
         other = max((event.number for event in ledger.events() if event.action in ("undone", "redone")), default=0)
+        self.contradictions = {(*map(str, one.facts), one.reason) for one in ledger.rejections()}
         self.turned_down = {one.request: one.reason for one in ledger.rejections() if one.event >= other}  # since then it is another model
         self.gate: Gate | None = None
         self.said: dict[str, tuple[int, str]] = {}  # prompt -> (edit, target) of the active ones
@@ -192,14 +193,14 @@ class _Desk:
             if (beside := asked.get(_key(fact.text))) is not None:
                 if beside == fact.target.strip():
                     return Outcome(case, SKIPPED, "another request of its batch says so already")
-                return Outcome(case, REJECTED, f"another request of its batch says {beside!r} about the same; ask for one of them")
+                return self._contradicted(case, f"another request of its batch says {beside!r} about the same; ask for one of them")
             if not (there := self.said.get(_key(fact.text))):
                 continue
             number, target = there
             if target == fact.target.strip():
                 return Outcome(case, SKIPPED, f"edit {number} says so already", number)
             if not replace:
-                return Outcome(case, REJECTED, f"edit {number} says {target!r} about the same; undo it, or replace it", number)
+                return self._contradicted(case, f"edit {number} says {target!r} about the same; undo it, or replace it", number)
             instead.append(number)
         try:
             for fact in case.facts:
@@ -256,6 +257,13 @@ class _Desk:
         """Those with whole matrices, or a memory, are folded: one an edit would soon outweigh the model."""
         if any(edit.memory is not None or any(isinstance(delta, DenseDelta) for delta in edit.deltas) for edit in made):
             Stack.of(self.lm).fold()
+
+    def _contradicted(self, case: EditCase, reason: str, number: int | None = None) -> Outcome:
+        """Rejected for as long as the other one stands: recorded once, and looked at anew each time."""
+        if (told := (*map(str, case.facts), reason)) not in self.contradictions:
+            self.ledger.reject("", case.facts, reason)
+            self.contradictions.add(told)
+        return Outcome(case, REJECTED, reason, number)
 
     def _remember_no(self, cases: Sequence[EditCase], reason: str, metrics: Mapping[str, Any] | None = None) -> None:
         for case in cases:

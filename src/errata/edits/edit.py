@@ -168,7 +168,7 @@ class Edit:
         path, tensor_path = Path(folder) / RECORD, Path(folder) / TENSORS
         for file in (path, tensor_path):
             if not file.is_file():
-                raise EditError(f"{file} does not exist; give the folder into which an edit was saved")
+                raise EditError(f"{folder} holds no edits ({file.name} is missing); give a folder that 'errata edit' or Edit.save wrote")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             newer = record["format"] > FORMAT  # then nothing else in it can be relied on

@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
+from errata.disk import folders
 from errata.edits.edit import Edit, Layout, assembled
 from errata.edits.errors import EditError
 from errata.edits.memory import load_memory
@@ -123,7 +124,10 @@ class Event(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A request that came to nothing, and why. request: see `request_of`. event: number of the last one before it, 0 if there was none."""
+    """A request that came to nothing, and why.
+
+    request: see `request_of`; empty if it may be asked for again. event: number of the last one before it, 0 if there was none.
+    """
 
     number: int
     at: str
@@ -175,7 +179,7 @@ class Ledger:
                 raise EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
             if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
                 raise EditError(f"{folder} exists already and is no ledger; give another place")
-            folder.mkdir(parents=True, exist_ok=True)
+            folders(folder)
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
@@ -315,8 +319,8 @@ class Ledger:
         for one in new:
             if one.edit.lm_fingerprint != self.base.fingerprint:
                 raise EditError(f"{one.edit} was made for another model than the ledger {self.folder} is about ({self.base.name!r})")
-        kept = [self._kept(one.edit) for one in new]  # before any row names them
-        with self._transaction():
+        with self._sweeping(), self._transaction():
+            kept = [self._kept(one.edit) for one in new]  # before any row names them
             self._set(list(undoing), "replaced" if replacing else "undone", reason)
             (number,) = self._all("SELECT coalesce(max(number), 0) FROM edits")[0]
             numbers = list(range(number + 1, number + 1 + len(new)))
@@ -434,15 +438,27 @@ class Ledger:
                 if lm is not None and version == 0:
                     self._all("INSERT INTO base VALUES (?, ?, ?)", lm.name, lm.fingerprint, _short(lm))
                 self._all(f"PRAGMA user_version = {len(SCHEMA)}")
-        needed = {name for entry in self.entries() for name in _objects(entry)}
-        if self.objects.folder.exists():
-            self.objects.sweep(needed)
+        self._sweep()
 
     def _version(self) -> int:
         ((version,),) = self._all("PRAGMA user_version")
         if version > len(SCHEMA):
             raise EditError(f"{self.folder} has schema {version}, this errata reads up to {len(SCHEMA)}; install a newer errata")
         return int(version)
+
+    def _sweep(self) -> None:
+        self.objects.sweep({name for entry in self.entries() for name in _objects(entry)})
+
+    @contextmanager
+    def _sweeping(self) -> Iterator[None]:
+        """What an edit that fails has left of its tensors is removed."""
+        try:
+            yield
+        except BaseException:
+            if self._lock is not None:  # else another process may be writing them
+                with suppress(EditError, OSError):
+                    self._sweep()
+            raise
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from errata.disk import replacing
+from errata.disk import folders, replacing
 from errata.edits.edit import storable
 from errata.edits.errors import EditError
 
@@ -29,8 +29,8 @@ class Objects:
         data = save(storable(tensors))
         name = hashlib.sha256(data).hexdigest()
         path = self.path(name)
-        if not path.is_file() or path.stat().st_size != len(data):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != data:  # what is damaged is mended
+            folders(path.parent)
             with replacing(path) as file:
                 file.write_bytes(data)
         return name
@@ -58,8 +58,11 @@ class Objects:
         return {path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"??/[!.]*{SUFFIX}")}
 
     def sweep(self, needed: set[str]) -> None:
-        """Remove what nobody needs: what a process that was killed had written of an edit that never came to be."""
-        for path in self.folder.glob("??/*"):
-            if path.name.removesuffix(SUFFIX) not in needed:
-                with suppress(OSError):  # a later one will
-                    path.unlink()
+        """Remove what nobody needs: what was written of an edit that never came to be."""
+        for folder in self.folder.glob("??"):
+            for path in folder.iterdir():
+                if path.name.removesuffix(SUFFIX) not in needed:
+                    with suppress(OSError):  # a later one will
+                        path.unlink()
+            with suppress(OSError):  # not empty, mostly
+                folder.rmdir()
