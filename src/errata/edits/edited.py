@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.export import FORMATS, MAX_RANK, Exported, export
-from errata.edits.ledger import Base, Ledger, New, is_ledger
+from errata.edits.ledger import LOCK, Base, Ledger, New, is_ledger
 from errata.edits.stack import Stack
 from errata.lm import loading
 
@@ -129,6 +129,7 @@ class EditedModel:
         """`save_pretrained` to a repository of the hub, made if it is not there; its address. upload: for `HfApi.upload_folder`."""
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(Path(scratch) / "model", format, max_rank)
+            (Path(scratch) / "model" / LOCK).unlink(missing_ok=True)
             api = HfApi()
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=Path(scratch) / "model", **upload)
