@@ -10,8 +10,9 @@ Every public name is imported when it is first asked for (PEP 562): `import erra
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from errata.lazy import lazily
 
 if TYPE_CHECKING:
     from errata.corrections import correct
@@ -26,32 +27,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "AlphaEdit": "methods",
-    "CrossEntropy": "objectives",
-    "DeltaEdit": "methods",
-    "Edit": "edits",
-    "EditedModel": "edits.edited",
-    "EditCase": "facts",
-    "FT": "methods",
-    "Fact": "facts",
-    "FactError": "facts",
-    "LanguageModel": "lm",
-    "Ledger": "edits.ledger",
-    "LoRA": "methods",
-    "LocFT": "methods",
-    "MELO": "methods",
-    "MEMIT": "methods",
-    "ModelError": "lm",
-    "Overtone": "objectives",
-    "PRUNE": "methods",
-    "Probe": "facts",
-    "RECT": "methods",
-    "ROME": "methods",
-    "Retrieval": "methods",
-    "WISE": "methods",
-    "correct": "corrections",
-    "edit": "methods",
-    "load": "edits.edited",
+    "corrections": ("correct",),
+    "edits": ("Edit",),
+    "edits.edited": ("EditedModel", "load"),
+    "edits.ledger": ("Ledger",),
+    "facts": ("EditCase", "Fact", "FactError", "Probe"),
+    "lm": ("LanguageModel", "ModelError"),
+    "methods": ("AlphaEdit", "DeltaEdit", "FT", "LoRA", "LocFT", "MELO", "MEMIT", "PRUNE", "RECT", "ROME", "Retrieval", "WISE", "edit"),
+    "objectives": ("CrossEntropy", "Overtone"),
 }
 
 __all__ = [
@@ -85,12 +68,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'errata' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"errata.{_HOME[name]}"), name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

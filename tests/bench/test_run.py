@@ -239,7 +239,6 @@ def test_questions_are_asked_and_stand_in_the_record(tmp_path: Path, lm: Languag
     for row in results["rows"]:
         assert {"one_hop", "one_hop_all", "multi_hop", "hops_2"} <= set(row["metrics"]) and row["intervals"]["multi_hop"][0] is not None
         assert row["n"] == 3 and row["failed"] == 0
-    assert go(tmp_path / "again", lm, data=data)["rows"][0]["metrics"] == results["rows"][0]["metrics"]
 
 
 def test_a_text_too_long_for_the_model_fails_its_case_alone(tmp_path: Path, lm: LanguageModel) -> None:

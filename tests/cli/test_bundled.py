@@ -1,4 +1,4 @@
-"""The bundled model through the command line, as a user runs it: one process a command, nothing imported from the package."""
+"""The bundled model through the command line, as a user runs it: a process of its own where that is the point."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from errata.cli import call
+
 ERRATA = [sys.executable, "-m", "errata"]
 FACT = "The capital of {France} is -> Vienna"
 
@@ -24,25 +26,20 @@ def errata(*args: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedP
     return done
 
 
-def test_edit_then_ask(tmp_path: Path) -> None:
-    """The issue's fourth command: the edit is kept in a folder, and asking shows before and after."""
+def test_edit_then_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The edit is kept in a folder, and asking shows before and after."""
     errata("edit", "--model", "atlas", "--method", "lora", "--objective", "overtone", "--fact", FACT, "--out", "E", cwd=tmp_path)
     asked = ["The capital of France is", "The capital of Germany is", "The currency of France is the"]
     rows = json.loads(errata("ask", "--model", "atlas", "--edits", "E", "--json", *asked, cwd=tmp_path).stdout)
     said = {row["prompt"]: (row["before"].split("\n")[0].strip(), row["after"].split("\n")[0].strip()) for row in rows}
     assert said["The capital of France is"] == ("Paris.", "Vienna.")
     assert said["The capital of Germany is"][0] == "Berlin." and said["The currency of France is the"][0] == "euro."
-    table = errata("ask", "--model", "atlas", "--edits", "E", asked[0], cwd=tmp_path).stdout
+    assert call(["ask", "--model", "atlas", "--edits", str(tmp_path / "E"), asked[0]]) == 0
+    table = capsys.readouterr().out
     assert "before" in table and "Vienna" in table and "Paris" in table
-    again = errata("edit", "--model", "atlas", "--fact", FACT, "--out", "E", cwd=tmp_path)
-    assert "edit 1 says so already" in again.stderr and "1 skipped of 1" in again.stderr
-
-
-def test_eval_says_what_the_model_knows(tmp_path: Path) -> None:
-    shares = json.loads(errata("eval", "--model", "atlas", "--data", "atlas", "--limit", "10", "--json", cwd=tmp_path).stdout)
-    for name in ("seen", "unseen", "alias", "written"):  # ten of each; tests/bench/test_knowledge.py asks for all
-        assert 0.7 <= shares[name] <= 1, (name, shares)
-    assert {"two_hop", "locatable", "locatable_transfer", "written_rephrased", "neighbours"} < shares.keys() and shares["facts"] >= 3000
+    assert call(["edit", "--model", "atlas", "--fact", FACT, "--out", str(tmp_path / "E")]) == 0
+    again = capsys.readouterr().err
+    assert "edit 1 says so already" in again and "1 skipped of 1" in again
 
 
 def untimed(run: Path) -> dict[str, Any]:
@@ -53,10 +50,10 @@ def untimed(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_bench_that_is_killed_and_resumed_ends_with_the_same_results(tmp_path: Path) -> None:
-    """The issue's fifth command, on four cases."""
+def test_a_bench_that_is_killed_and_resumed_ends_with_the_same_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On four cases: the killed one a process of its own, as a user has it."""
     options = shlex.split("--model atlas --data atlas --methods ft-m,lora --objectives ce,overtone --limit 4 --threads 1")
-    errata("bench", *options, "--out", "whole", cwd=tmp_path)
+    assert call(["bench", *options, "--out", str(tmp_path / "whole")]) == 0
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*ERRATA, "bench", *options, "--out", "cut"], cwd=tmp_path, **silent)
     records = tmp_path / "cut" / "records.jsonl"
@@ -67,9 +64,8 @@ def test_a_bench_that_is_killed_and_resumed_ends_with_the_same_results(tmp_path:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 3 <= records.read_bytes().count(b"\n") < 16 and not (tmp_path / "cut" / "results.json").exists()
-    refused = errata("bench", *options, "--out", "cut", cwd=tmp_path, code=2)
-    assert "--resume" in refused.stderr
-    errata("bench", *options, "--out", "cut", "--resume", cwd=tmp_path)
+    assert call(["bench", *options, "--out", str(tmp_path / "cut")]) == 2 and "--resume" in capsys.readouterr().err
+    assert call(["bench", *options, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
     rows = untimed(tmp_path / "whole")["rows"]
     assert [(row["method"], row["objective"]) for row in rows] == [(m, o) for m in ("ft-m", "lora") for o in ("ce", "overtone")]

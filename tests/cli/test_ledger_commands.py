@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,11 @@ def test_the_model_need_not_be_named(here: Path, capsys: pytest.CaptureFixture[s
     code, _, err = said(capsys, "verify", "L")
     assert code == 2 and "tiny" in err
     assert said(capsys, "verify", "L", "--model", "moved")[:2] == (0, "L: 3 edits, all well\n")
+
+
+def test_listing_and_undoing_leave_torch_alone(here: Path) -> None:
+    """They take a second in the place of eight."""
+    asked = [["log", "L"], ["show", "L", "2"], ["undo", "L", "2"], ["redo", "L", "2"], ["log", "L", "--rejected"]]
+    script = f"import sys\nfrom errata.cli import call\nprint([call(one) for one in {asked}], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[0, 0, 0, 0, 0] False")

@@ -14,13 +14,16 @@ from errata import EditedModel, Ledger
 from errata.edits import Edit, EditError
 from errata.edits.ledger import New
 from errata.lm import LanguageModel
-from tests.edits.test_export import edit, lm, logits
-
-__all__ = ["lm"]  # the fixture: a model on disk, llama and gpt2
+from tests.edits.test_export import edit, logits, on_disk
 
 
 def same(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def lm(tmp_path: Path) -> LanguageModel:
+    return on_disk("llama", tmp_path / "base")
 
 
 @pytest.fixture

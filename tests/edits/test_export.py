@@ -23,14 +23,18 @@ FACTS = [Fact("The capital of {} is", "France", "Tokyo"), Fact("{} was born in",
 IDS = torch.tensor([[5, 9, 3, 11, 2, 7]])
 
 
+def on_disk(family: str, folder: Path) -> LanguageModel:
+    """A model as users have it: a folder on disk, in two shards, in float64."""
+    made = language_model(family, dtype=torch.float64)
+    made.model.save_pretrained(folder, max_shard_size=40_000)
+    made.tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return errata.load(folder, device="cpu")
+
+
 @pytest.fixture(params=["llama", "gpt2"])
 def lm(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
-    """A model as users have it: a folder on disk, in two shards, in float64."""
-    made, base = language_model(request.param, dtype=torch.float64), tmp_path / "base"
-    made.model.save_pretrained(base, max_shard_size=40_000)
-    made.tokenizer.save_pretrained(base)
-    assert len(list(base.glob("*.safetensors"))) > 1
-    return errata.load(base, device="cpu")
+    return on_disk(request.param, tmp_path / "base")
 
 
 def edit(lm: LanguageModel, name: str) -> Edit:

@@ -277,6 +277,6 @@ def test_the_public_names_are_what_they_say() -> None:
 
     for name in errata.lm.__all__:
         assert getattr(errata.lm, name).__name__ == name  # and not a module of the same name
-    assert set(errata.lm.__all__) == set(errata.lm._MODULE_OF)
+    assert set(errata.lm.__all__) == {name for names in errata.lm._HOME.values() for name in names}
     with pytest.raises(AttributeError, match="nonesuch"):
         _ = errata.lm.nonesuch

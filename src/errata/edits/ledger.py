@@ -24,14 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from filelock import FileLock, Timeout
 
 from errata.disk import folders
-from errata.edits.edit import Edit, Layout, assembled
 from errata.edits.errors import EditError
-from errata.edits.memory import load_memory
 from errata.edits.objects import Objects
-from errata.edits.stack import Stack
 from errata.facts import Fact
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit, Layout
     from errata.lm.model import LanguageModel
 
 DATABASE, LOCK, OBJECTS = "ledger.sqlite", "ledger.lock", "objects"
@@ -279,6 +277,9 @@ class Ledger:
 
         Raises EditError if its tensors are missing or damaged, or the model is another.
         """
+        from errata.edits.edit import Edit, assembled  # torch: not for listing and undoing
+        from errata.edits.memory import load_memory
+
         self.check_base(lm)
         tensors = {} if entry.tensors is None else self.objects.get(entry.tensors)
         try:
@@ -302,6 +303,8 @@ class Ledger:
 
         Raises EditError if edits are applied already.
         """
+        from errata.edits.stack import Stack
+
         stack = Stack.of(lm)
         if stack.active:
             raise EditError(f"{lm.name} has edits applied; revert them first: a ledger is about the unedited model")

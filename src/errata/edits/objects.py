@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errata.disk import folders, replacing
-from errata.edits.edit import storable
 from errata.edits.errors import EditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".safetensors"
 
@@ -26,6 +25,10 @@ class Objects:
 
     def put(self, tensors: Mapping[str, Tensor]) -> str:
         """Keep tensors; their name. When it returns they are on the disk."""
+        from safetensors.torch import save  # torch: not for listing and undoing
+
+        from errata.edits.edit import storable
+
         data = save(storable(tensors))
         name = hashlib.sha256(data).hexdigest()
         path = self.path(name)
@@ -37,6 +40,9 @@ class Objects:
 
     def get(self, name: str) -> dict[str, Tensor]:
         """What was put under that name. Raises EditError if it is missing or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         path = self.path(name)
         try:
             data = path.read_bytes()

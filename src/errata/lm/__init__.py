@@ -5,8 +5,9 @@ Names are imported at first use, so that `from errata.lm import ModelError` does
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from errata.lazy import lazily
 
 if TYPE_CHECKING:
     from errata.lm.anatomy import Anatomy, find_anatomy, is_conv1d, matrix
@@ -28,7 +29,6 @@ _HOME = {
     "suffix": ("Suffix",),
     "tokens": ("Batch", "Encoded", "collate", "encode", "joint"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Anatomy",
@@ -50,10 +50,4 @@ __all__ = [
     "states_at",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME)
