@@ -149,13 +149,16 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(lm: LanguageModel, 
 
 
 def test_from_the_command_line(lm: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit(lm, "ft-m").save(tmp_path / "e")
+    made = edit(lm, "ft-m")
+    made.metrics = {"before": {"fact": 0.0, "perplexity": 1.0}, "after": {"fact": 1.0, "perplexity": 1.25}}
+    made.save(tmp_path / "e")
     capsys.readouterr()
     assert call(["export", str(tmp_path / "e"), "--to", str(tmp_path / "a"), "--max-rank", "1", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["rank"] == 1 and len(done["residual"]) == 1
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "The capital of {France} is -> Tokyo" in card and "--max-lora-rank 8" in card and "ft-m" in card
+    assert "| The capital of {France} is -> Tokyo | ft-m | 0 → 1 | 1 → 1.25 |" in card and "--max-lora-rank 8" in card
+    assert len({file.stat().st_mode for folder in ("e", "a") for file in (tmp_path / folder).iterdir()}) == 1  # readable by whoever serves
     assert call(["export", str(tmp_path / "e"), "--to", str(tmp_path / "a"), "--format", "patch"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert call(["export", str(tmp_path / "e"), "--to", str(tmp_path / "b"), "--format", "ptach"]) == 2

@@ -70,8 +70,11 @@ def show(edits: EditsArgument, id: IdArgument, as_json: JsonOption = False) -> N
     rows |= {"memory": told["memory"], "made on top of": entry.parent, "later edits on top of it": ", ".join(map(str, told["built_on_it"]))}
     for when, values in (entry.metrics or {}).items():
         rows[f"measured {when}"] = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-    rows |= {"steps": entry.diagnostics.get("steps"), "seconds": entry.diagnostics.get("seconds")}
+    took = entry.diagnostics.get("seconds")
+    rows |= {"steps": entry.diagnostics.get("steps"), "seconds": None if took is None else f"{took:.2f}"}
     for event in history:
+        if event["action"] == "made":  # said above
+            continue
         rows[f"{event['action']} at"] = f"{event['at']}{': ' + event['reason'] if event['reason'] else ''}"
     showing.listing([{"name": name, "value": str(value)} for name, value in rows.items() if value not in (None, "")])
 

@@ -119,7 +119,7 @@ def rebase(
             finite(lm, made)
             session.remember(made)
             applied.append(made)
-            new.append(New(made, entry.seed, None, f"edit {entry.number}, made again without {', '.join(map(str, out))}"))
+            new.append(New(made, entry.seed, f"edit {entry.number}, made again without {', '.join(map(str, out))}"))
             if progress:
                 progress(done + 1, len(again), "made again")
     finally:
@@ -243,8 +243,8 @@ class _Desk:
             if instead:
                 self.take_up()
             return [Outcome(case, REJECTED, reason) for case in cases]
-        new = New(made, self.seed, metrics, self.note)
-        (entry,) = self.ledger.add(new, undoing=instead, reason="replaced" if instead else None, replacing=True)
+        made.metrics = metrics
+        (entry,) = self.ledger.add(New(made, self.seed, self.note), undoing=instead, reason="replaced" if instead else None, replacing=True)
         self.session.remember(made)
         self._settle([made])
         self.ordinary = ordinary

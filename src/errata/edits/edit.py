@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ RECORD, TENSORS = "edit.json", "deltas.safetensors"
 Layout = dict[str, list[Any]]
 """Which deltas and keys the tensors of an edit are: {"deltas": [{"kind", "path"}], "keys": [path]}, ready for JSON."""
 
+Metrics = Mapping[str, Mapping[str, float]]
+
 
 class Edit:
     """What an editor leaves behind. Making it does not change the model; `apply` and `revert` do, exactly.
@@ -44,6 +47,7 @@ class Edit:
     diagnostics: steps, losses, seconds by stage …, ready for JSON.
     keys: path -> the keys [F, d_in] that it was solved with, one of each fact; empty for methods that use none.
     memory: what is kept beside the weights, holding all earlier edits of its session too; None for methods that write into weights.
+    metrics: what was measured of the model "before" and "after" it, by name, ready for JSON; None where nothing was.
 
     Raises EditError if a key tensor is no floating-point matrix, or still carries a graph.
     """
@@ -58,6 +62,7 @@ class Edit:
         diagnostics: Mapping[str, Any] | None = None,
         keys: Mapping[str, Tensor] | None = None,
         memory: Memory | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.lm = lm
         self.lm_fingerprint: str = lm.fingerprint  # taken before any edit can have changed the weights
@@ -68,6 +73,7 @@ class Edit:
         self.diagnostics = dict(diagnostics or {})
         self.keys = dict(keys or {})
         self.memory = memory
+        self.metrics = metrics
         for path, tensor in self.keys.items():
             check_matrix(path, keys=tensor)
 
@@ -131,6 +137,7 @@ class Edit:
                 "method": self.method,
                 "objective": self.objective,
                 "diagnostics": self.diagnostics,
+                "metrics": self.metrics,
                 **layout,
                 "memory": memory,
                 "sha256": _sha256(draft / TENSORS),
@@ -139,6 +146,7 @@ class Edit:
                 (draft / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             except TypeError as error:
                 raise EditError(f"{self} cannot be saved: method, objective and diagnostics must be plain JSON values ({error})") from error
+            shutil.copymode(draft / RECORD, draft / TENSORS)  # safetensors writes for its owner alone
             os.rename(draft, folder)
 
     def save_pretrained(self, folder: str | Path, format: str = "adapter", max_rank: int | None = None) -> Exported:
@@ -179,7 +187,7 @@ class Edit:
                 facts = [Fact.from_dict(fact) for fact in record["facts"]]
                 method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
                 objective = None if record["objective"] is None else dict(record["objective"])
-                state = record.get("memory")
+                state, metrics = record.get("memory"), record.get("metrics")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this shape
             raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error
         if newer:
@@ -198,7 +206,7 @@ class Edit:
             memory = None if state is None else load_memory({**state, "tensors": own})
         except (SafetensorError, KeyError, TypeError, EditError) as error:
             raise EditError(f"{tensor_path} does not hold what {RECORD} names ({error}); save the edit again") from error
-        return cls(lm, deltas, facts, method, objective, diagnostics, keys, memory)
+        return cls(lm, deltas, facts, method, objective, diagnostics, keys, memory, metrics)
 
 
 def assembled(layout: Layout, tensors: Mapping[str, Tensor], keys: bool = True) -> tuple[list[Delta], dict[str, Tensor]]:

@@ -93,7 +93,11 @@ def export(edits: Sequence[Edit], format: str, folder: str | Path, max_rank: int
         raise EditError(f"max_rank must be at least 1 (got {max_rank})")
     with _new_folder(Path(folder)) as draft:
         done = Exported(str(folder), format, _modules(edits), **FORMATS[format](lm, edits, draft, max_rank))
-        (draft / "README.md").write_text(_card(lm, edits, done), encoding="utf-8")
+        card = draft / "README.md"
+        card.write_text(_card(lm, edits, done), encoding="utf-8")
+        for file in draft.iterdir():  # safetensors writes for its owner alone, who may not be the one that serves it
+            if file.stat().st_nlink == 1:  # the others are the base's
+                shutil.copymode(card, file)
     return done
 
 
@@ -268,13 +272,19 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
     """What was edited, how, and what a reader should know before serving it."""
-    facts = [f"| {_cell(str(fact))} | {edit.method.get('name', '')} |" for edit in edits for fact in edit.facts]
+    measured = list(dict.fromkeys(name for edit in edits for name in (edit.metrics or {}).get("after", ())))
+    facts = [
+        f"| {' | '.join([_cell(str(fact)), str(edit.method.get('name', '')), *_measured(edit, measured)])} |"
+        for edit in edits
+        for fact in edit.facts
+    ]
     made = [json.dumps({"method": edit.method, "objective": edit.objective}, ensure_ascii=False, sort_keys=True) for edit in edits]
     lines = [
         "---", f"base_model: {lm.name}", "library_name: " + ("peft" if done.rank else "transformers"), "tags: [errata, knowledge-editing]",
         "---", f"# {lm.name}, with {len(facts)} corrected fact{'s' if len(facts) != 1 else ''}", "",
         f"Form: {done.format}. Base model: {lm.name} (`{edits[0].lm_fingerprint[:12]}`). By errata.", "",
-        "| fact | method |", "|---|---|", *facts, "",
+        f"| {' | '.join(['fact', 'method', *measured])} |", "|---|---" + "|---" * len(measured) + "|", *facts, "",
+        *([f"{_MEASURED}\n"] if measured else []),
         "## How", *(f"- `{one}`" for one in dict.fromkeys(made)),
         f"- touched: {', '.join(f'`{path}.weight`' for path in done.modules)}", "",
         "## Limits",
@@ -284,6 +294,19 @@ def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
         lines += [f"- `{path}`: {share:.2%} of the change (Frobenius norm) is not in the adapter" for path, share in done.residual.items()]
     lines += ["- An edit can change answers about other subjects: measure it with `errata eval --edits` before serving it."]
     return "\n".join(lines) + "\n"
+
+
+_MEASURED = (
+    "Measured before → after each edit, with all edits above it in the model: the share of the answers' tokens that it puts behind the "
+    "fact and its rephrasings, the share of its own answers to other prompts that stay (locality), and perplexity in multiples of the "
+    "unedited model's."
+)
+
+
+def _measured(edit: Edit, names: Sequence[str]) -> list[str]:
+    """A cell for each of those: before → after."""
+    before, after = ((edit.metrics or {}).get(when, {}) for when in ("before", "after"))
+    return [" → ".join(f"{found[name]:.3g}" for found in (before, after) if name in found) or "–" for name in names]
 
 
 def _cell(text: str) -> str:

@@ -107,7 +107,6 @@ class New(NamedTuple):
 
     edit: Edit
     seed: int = 0
-    metrics: Mapping[str, Any] | None = None
     note: str | None = None
 
 
@@ -290,7 +289,7 @@ class Ledger:
                 memory = load_memory({**entry.memory, "tensors": parts})
         except (KeyError, TypeError) as error:
             raise EditError(f"the tensors of edit {entry.number} of {self.folder} are not those that its row names ({error})") from error
-        return Edit(lm, deltas, entry.facts, entry.method, entry.objective, entry.diagnostics, solved, memory)
+        return Edit(lm, deltas, entry.facts, entry.method, entry.objective, entry.diagnostics, solved, memory, entry.metrics)
 
     def edits(self, lm: LanguageModel, keys: bool = False) -> list[Edit]:
         """The active ones in their order; see `edit`."""
@@ -333,7 +332,7 @@ class Ledger:
                 named = [self.base.fingerprint, facts, edit.method, edit.objective, one.seed, layout, tensors, memory]
                 row = (
                     number, _digest(named)[:12], _now(), _json(facts), _json(edit.method), _json(edit.objective), one.seed, parent,
-                    _json(layout), tensors, memory and _json(memory), _json(edit.diagnostics), one.metrics and _json(one.metrics),
+                    _json(layout), tensors, memory and _json(memory), _json(edit.diagnostics), edit.metrics and _json(edit.metrics),
                     one.note, 1,
                 )  # fmt: skip
                 marks = ", ".join("?" * (len(_FIELDS) + 1))
