@@ -29,7 +29,7 @@ REQUESTS = [
     [Fact("{} is the capital of", "Москва", "Japan"), Fact("{} lies in", "Paris", "Russia")],
 ]
 SEEDS = [11, 5, 8, 13, 2, 99]
-NAMES = ("ft-l", "ft-m", "lora", "rome", "memit", "rect", "alphaedit")
+NAMES = ("ft-l", "ft-m", "lora", "rome", "memit", "rect", "alphaedit", "melo")
 
 
 def method(name: str, **changes: Any) -> methods.Method:
@@ -48,9 +48,22 @@ def assert_same(many: list[Edit | FactError], alone: list[Edit], atol: float = 1
         assert [(delta.kind, delta.path) for delta in made.deltas] == [(delta.kind, delta.path) for delta in expected.deltas]
         assert made.diagnostics["steps"] == expected.diagnostics["steps"]
         assert made.diagnostics["losses"] == pytest.approx(expected.diagnostics["losses"], rel=1e-5, abs=1e-7)
-        for ours, theirs in zip(made.deltas, expected.deltas, strict=True):
-            for name, tensor in theirs.tensors().items():
-                torch.testing.assert_close(ours.tensors()[name], tensor, atol=atol, rtol=1e-5)
+        assert (made.memory is None) == (expected.memory is None)
+        if made.memory is not None and expected.memory is not None:
+            assert made.memory.id == expected.memory.id and made.memory.settings() == approximately(expected.memory.settings())
+        for mine, other in zip([*made.deltas, made.memory], [*expected.deltas, expected.memory], strict=True):
+            if mine is not None and other is not None:
+                for name, tensor in other.tensors().items():
+                    torch.testing.assert_close(mine.tensors()[name], tensor, atol=atol, rtol=1e-5)
+
+
+def approximately(value: Any) -> Any:
+    """Its numbers up to rounding, at any depth."""
+    if isinstance(value, dict):
+        return {name: approximately(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [approximately(one) for one in value]
+    return pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), Overtone(epsilon=2.0, reduction="mean"), Overtone(dynamic=False)], ids=str)
@@ -58,14 +71,15 @@ def assert_same(many: list[Edit | FactError], alone: list[Edit], atol: float = 1
 def test_each_is_the_edit_it_would_be_alone(name: str, objective: Any) -> None:
     """Texts of unlike length, several facts in a case, ends at unlike steps."""
     lm = language_model("llama", dtype=torch.float64)
-    editor = method(name, **({"stop": 3.0, "steps": 8} if name != "lora" else {"steps": 6, "dropout": 0.2}))
+    changes = {"lora": {"steps": 6, "dropout": 0.2}, "melo": {"steps": 6, "halve_every": 2}}
+    editor = method(name, **changes.get(name, {"stop": 3.0, "steps": 8}))
     alone = one_by_one(editor, lm, objective)
     if name == "ft-m":
         assert len({edit.diagnostics["steps"] for edit in alone}) > 1
     assert_same(editor.many(lm, REQUESTS, SEEDS, objective), alone)
 
 
-@pytest.mark.parametrize("name", ("ft-m", "lora", "memit"))
+@pytest.mark.parametrize("name", ("ft-m", "lora", "memit", "melo"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_every_architecture(family: str, name: str) -> None:
     if (family, name) == ("gemma2", "memit"):

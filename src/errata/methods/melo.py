@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,14 +19,15 @@ from errata.edits.delta import master_dtype
 from errata.edits.edit import Edit
 from errata.edits.memory import grown_id
 from errata.edits.stack import Stack
-from errata.facts import Fact
+from errata.facts import Fact, FactError
 from errata.lm.anatomy import matrix
-from errata.lm.capture import capture, submodule
+from errata.lm.capture import add_from_input, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.resume import from_layer, resumable, run_to, states_at
 from errata.lm.tokens import Encoded, encode
-from errata.methods.base import Method, Session, check_range, half_made, refuse_broken
+from errata.methods.base import Method, Session, check_range, encode_each, half_made, refuse_broken
 from errata.methods.locate.contexts import prefixes
+from errata.methods.together import Together, alike, train
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -113,6 +116,16 @@ class MELO(Method):
         resumable(lm, book)
         return _Coding(lm, replace(chosen, layers=layers, book=book, module=chosen.module or _first_projection(lm)), objective, seed)
 
+    def many(
+        self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
+    ) -> list[Edit | FactError]:
+        """See `Method.many`. Each edit is a code book of its own; the blocks of all of them are trained side by side."""
+        if len(requests) < 2:
+            return super().many(lm, requests, seeds, objective)
+        session = self.start(lm, objective)
+        assert isinstance(session, _Coding)
+        return session.many(requests, seeds)
+
 
 def _first_projection(lm: LanguageModel) -> str:
     """Path in a layer of the matrix that enters the MLP."""
@@ -138,27 +151,74 @@ class _Coding(Session):
         clock = time.perf_counter()
         encoded = [self.encode(fact) for fact in facts]
         radius = self._radius() if self.memory is None else self.memory.radius
+        with Stack.of(self.lm).detached_():
+            clusters, blocks, trained = self._placed(facts, encoded, self._queries(encoded), radius, self.seed)
+            losses = self._train(clusters, blocks, trained, radius)
+        return self._made(facts, clusters, blocks, losses, radius, self.seed, time.perf_counter() - clock)
+
+    def many(self, requests: Sequence[Sequence[Fact]], seeds: Sequence[int]) -> list[Edit | FactError]:
+        """Independent edits, side by side, each a code book of its own; see `Method.many`."""
+        clock, melo = time.perf_counter(), self.method
+        assert melo.steps is not None and melo.lr is not None  # for_model filled them in
+        texts, there, made = encode_each(self, requests)
+        if not texts:
+            return [made[number] for number in range(len(requests))]
+        radius = self._radius()
+        queries = self._queries([text for own in texts for text in own]).split([len(own) for own in texts])
+        books = [
+            self._placed(requests[number], own, asked, radius, seeds[number])
+            for number, own, asked in zip(there, texts, queries, strict=True)
+        ]
+        # A block has a loss and a stop of its own, also beside the others of its edit.
+        owners = [(i, block) for i, (_, _, trained) in enumerate(books) for block in trained]
+        rows = [[member.text for cluster in books[i][0] if cluster.block == block for member in cluster.members] for i, block in owners]
+        losses: list[list[tuple[int, list[float]]]] = [[] for _ in books]  # of each edit's blocks: questions, losses
+        for group in alike(rows):
+            blocks = _Blocks(self, [rows[unit] for unit in group], [books[owners[unit][0]][1][owners[unit][1]] for unit in group])
+            for unit, one in zip(group, train(blocks, self.objective, melo.lr, melo.steps, halve_every=melo.halve_every), strict=True):
+                i, block = owners[unit]
+                books[i][1][block] = Block(tuple(one.parameters[::2]), tuple(one.parameters[1::2]))
+                losses[i].append((len(rows[unit]), one.losses))
+        seconds = (time.perf_counter() - clock) / len(books)
+        for number, (clusters, own_blocks, _), own_losses in zip(there, books, losses, strict=True):
+            facts = list(requests[number])
+            made[number] = self._made(facts, clusters, own_blocks, _together(own_losses), radius, seeds[number], seconds)
+        return [made[number] for number in range(len(requests))]
+
+    def _placed(
+        self, facts: Sequence[Fact], encoded: Sequence[Encoded], queries: Tensor, radius: float, seed: int
+    ) -> tuple[tuple[Cluster, ...], list[Block], list[int]]:
+        """The clusters with the facts among them, the blocks with the new ones, untrained, and the numbers of those to train."""
         blocks = list(self.memory.blocks) if self.memory is not None else []
         clusters: tuple[Cluster, ...] = self.memory.clusters if self.memory is not None else ()
-        draw = torch.Generator().manual_seed(self.seed + self.count)
+        draw = torch.Generator().manual_seed(seed + self.count)
         trained: list[int] = []
-        with Stack.of(self.lm).detached_():
-            for fact, text, query in zip(facts, encoded, self._queries(encoded), strict=True):
-                clusters, block = place(clusters, Member(query, text), fact.target.strip(), radius, len(blocks))
-                if block == len(blocks):
-                    blocks.append(self._new_block(draw))
-                trained += [] if block in trained else [block]
-            # Of facts edited together one may have replaced another, and no question is left for its block.
-            trained = [block for block in trained if any(cluster.block == block for cluster in clusters)]
-            losses = self._train(clusters, blocks, trained, radius)
+        for fact, text, query in zip(facts, encoded, queries, strict=True):
+            clusters, block = place(clusters, Member(query, text), fact.target.strip(), radius, len(blocks))
+            if block == len(blocks):
+                blocks.append(self._new_block(draw))
+            trained += [] if block in trained else [block]
+        # Of facts edited together one may have replaced another, and no question is left for its block.
+        return clusters, blocks, [block for block in trained if any(cluster.block == block for cluster in clusters)]
+
+    def _made(
+        self,
+        facts: list[Fact],
+        clusters: tuple[Cluster, ...],
+        blocks: Sequence[Block],
+        losses: list[float],
+        radius: float,
+        seed: int,
+        seconds: float,
+    ) -> Edit:
         method = self.method.to_dict()
         parent = None if self.memory is None else self.memory.id
-        id = grown_id(parent, method, self.record(), [fact.to_dict() for fact in facts], self.seed, self.count, self.lm.fingerprint)
+        id = grown_id(parent, method, self.record(), [fact.to_dict() for fact in facts], seed, self.count, self.lm.fingerprint)
         memory = _compact(CodeBook(id, parent, self.layer, self.modules, self._scale, radius, clusters, tuple(blocks)))
         diagnostics = {
             "steps": len(losses) - 1,
             "losses": losses,
-            "seconds": time.perf_counter() - clock,
+            "seconds": seconds,
             "radius": radius,
             "clusters": len(memory.clusters),
             "blocks": len(memory.blocks),
@@ -266,6 +326,38 @@ class _Coding(Session):
         super().load_state_dict(state)
         kept = state["memory"]
         self.memory = kept and CodeBook.restore(kept["settings"], kept["tensors"], kept["id"], kept["parent"])
+
+
+class _Blocks(Together):
+    """E blocks: A [E, r, in] and B [E, out, r] of each adapted module in turn."""
+
+    def __init__(self, session: _Coding, texts: Sequence[Sequence[Encoded]], blocks: Sequence[Block]) -> None:
+        assert session.method.layers is not None  # start filled it in
+        super().__init__(session.lm, texts, min(session.method.layers))
+        self.modules, self.scale = session.modules, session._scale
+        self.parameters = [
+            torch.stack([part[j] for part in parts]).requires_grad_()
+            for j in range(len(self.modules))
+            for parts in ([block.down for block in blocks], [block.up for block in blocks])
+        ]
+
+    def logits(self) -> Tensor:
+        with ExitStack() as stack:
+            for place, path in enumerate(self.modules):
+                stack.enter_context(add_from_input(submodule(self.lm.model, path), partial(self._change, 2 * place)))
+            return self.suffix.logits(self.suffix.states)
+
+    def _change(self, place: int, x: Tensor) -> Tensor:
+        down, up = self.parameters[place : place + 2]
+        x = x.reshape(len(self.suffix), -1, x.shape[-1]).to(down.dtype)
+        return self.owners.low_rank(x, up * self.scale, down)
+
+
+def _together(blocks: Sequence[tuple[int, list[float]]]) -> list[float]:
+    """The losses of an edit, step by step: the mean over its questions, of which those of a finished block stay as they are."""
+    steps = max(len(losses) for _, losses in blocks)
+    asked = sum(count for count, _ in blocks)
+    return [sum(count * losses[min(step, len(losses) - 1)] for count, losses in blocks) / asked for step in range(steps)]
 
 
 def _detached(down: Sequence[Tensor], up: Sequence[Tensor]) -> Block:

@@ -70,10 +70,13 @@ class Together(ABC):
         return rows
 
 
-def train(edits: Together, objective: Objective, lr: float, steps: int, stop: float | None = None) -> list[Trained]:
+def train(
+    edits: Together, objective: Objective, lr: float, steps: int, stop: float | None = None, halve_every: int | None = None
+) -> list[Trained]:
     """Adam on each edit's parameters, minimising the mean of the objective over its facts, at most `steps` updates.
 
     stop: an edit whose loss falls below it is finished. One none of whose tokens is active is finished in any case.
+    halve_every: so many updates halve the rate.
     Raises EditError where already the first loss is no number, ValueError if the objective does not fit.
     """
     count = edits.owners.count
@@ -81,6 +84,7 @@ def train(edits: Together, objective: Objective, lr: float, steps: int, stop: fl
     final: dict[int, list[Tensor]] = {}
     active = list(range(count))
     adam = torch.optim.Adam(edits.parameters, lr=lr, fused=True)  # one pass over the numbers: E dense changes are many
+    schedule = torch.optim.lr_scheduler.StepLR(adam, halve_every or steps + 1, 0.5)
     reference: Tensor | None = None
     with frozen(edits.lm):
         for step in range(steps + 1):
@@ -109,6 +113,7 @@ def train(edits: Together, objective: Objective, lr: float, steps: int, stop: fl
             for parameter, gradient in zip(edits.parameters, gradients, strict=True):
                 parameter.grad = gradient.contiguous()  # fused Adam takes it as it lies in memory
             adam.step()
+            schedule.step()
             edits.updated()
     return [Trained(final[edit], losses[edit]) for edit in range(count)]
 
