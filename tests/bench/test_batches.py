@@ -94,4 +94,4 @@ def test_size_is_chosen_from_memory_and_kept(tmp_path: Path, lm: LanguageModel, 
 def test_who_edits_together() -> None:
     """DeltaEdit and PRUNE are made one by one, and measured side by side as the others."""
     located = {"rome", "memit", "memit+history", "prune", "rect", "alphaedit", "deltaedit"}
-    assert {name for name in methods.NAMES if batches.edits_together(methods.get(name))} == {"ft-l", "ft-m", "lora", *located}
+    assert {name for name in methods.NAMES if batches.edits_together(methods.get(name))} == {"ft-l", "ft-m", "lora", "melo", *located}

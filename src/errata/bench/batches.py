@@ -21,6 +21,7 @@ from errata.facts import FactError
 from errata.lm import ModelError
 from errata.methods.base import Method
 from errata.metrics import generation, teacher_forced
+from errata.metrics.strips import strips
 
 if TYPE_CHECKING:
     from errata.bench.folder import Record
@@ -157,8 +158,8 @@ def side_by_side(lm: LanguageModel, cases: Sequence[EditCase], edits: Sequence[E
     scores = teacher_forced.score_all(lm, cases, before, ROWS, within=rows)
     written = generation.score_all(lm, cases, batch_size=ROWS, within=rows)
     found = []
-    for score, text in zip(scores, written, strict=True):
-        outcome = score.to_dict() | {"generation": text.to_dict()}
+    for score, text, strip in zip(scores, written, strips(lm, cases, ROWS, within=rows), strict=True):
+        outcome = score.to_dict() | {"generation": text.to_dict(), "strips": strip}
         del outcome["id"]
         found.append(outcome)
     return found

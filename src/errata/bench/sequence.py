@@ -21,9 +21,10 @@ from errata.bench.making import settle, short, watched
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.snapshot import Snapshot
 from errata.edits import Delta, Edit, EditError, Stack
-from errata.facts import EditCase, Fact, FactError, Probe
+from errata.facts import EditCase, Fact, FactError
 from errata.lm.capture import submodule
 from errata.metrics import generation, noise, probability
+from errata.metrics.strips import strips
 
 if TYPE_CHECKING:
     from errata.lm import LanguageModel
@@ -241,16 +242,14 @@ class _Sequence:
         return [case for step, line in lines if line.get("failure") != FACT for case in step.cases]
 
     def _outcomes(self, cases: Sequence[EditCase], written: bool = False) -> dict[str, Record]:
-        """Case id -> what the model as it is scores there; `written`: with what it writes behind the edit prompts (EVALUATION §3)."""
+        """Case id -> what the model as it is scores there; `written`: with what it writes behind the edit prompts (EVALUATION §3): the
+        share that is right as "generation", the transcripts, and the strips of the right answers."""
         scores = [score.to_dict() for score in probability.score_all(self.lm, cases, self.before)]
         outcomes = {case.id: {k: v for k, v in score.items() if k != "id"} for case, score in zip(cases, scores, strict=True)}
         if written:
-            asked = [(case.id, Probe(fact.text, (fact.target,))) for case in cases for fact in case.facts]
-            right: dict[str, list[bool]] = {}
-            for (case, _), transcript in zip(asked, generation.ask(self.lm, [probe for _, probe in asked]), strict=True):
-                right.setdefault(case, []).append(transcript.exact)
-            for case, exact in right.items():
-                outcomes[case]["generation"] = sum(exact) / len(exact)
+            for said, strip in zip(generation.score_all(self.lm, cases), strips(self.lm, cases), strict=True):
+                told = said.to_dict()
+                outcomes[said.id] |= {"generation": told["exact"], "transcripts": told["transcripts"], "strips": strip}
         return outcomes
 
     def _sha256(self) -> str:
