@@ -139,8 +139,8 @@ def evaluate(
     else:
         from errata.bench.run import evaluate as evaluate_cases
 
-        with show.progress("measuring") as report:
-            result = evaluate_cases(lm, cases, made, progress=report)
+        with show.progress("measuring") as told:
+            result = evaluate_cases(lm, cases, made, progress=told)
         show.json_out(result) if as_json else show.percentages(result)
 
 
@@ -217,8 +217,8 @@ def bench(
     _threads(wanted.threads)
     from errata.bench.run import run
 
-    with show.progress("bench") as report:
-        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, wanted.dtype), progress=report)
+    with show.progress("bench") as told:
+        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, wanted.dtype), progress=told)
     if as_json:
         show.json_out(result)
     else:
@@ -321,4 +321,4 @@ def _folder(edits: Path | None) -> None:
         raise PlanError(f"no folder {edits}; --edits takes what 'errata edit --out' wrote")
 
 
-from errata.cli import draw, edit, export, ledger, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above
+from errata.cli import draw, edit, export, ledger, report, stats  # noqa: E402, F401  # they add their commands to `app`, and need the options above

@@ -78,14 +78,14 @@ def efficacy_and_noise(results: Results) -> Figure:
     figure, (axes,) = _figure(results)
     other = axes.twinx()
     handles: dict[str, Any] = {}
-    for label, (colour, marker) in _styles([*efficacy, *noise]).items():
+    for label, (colour, marker) in styles([*efficacy, *noise]).items():
         if label in noise:
-            _line(other, noise[label], colour, marker, dashed=True)
+            line(other, noise[label], colour, marker, dashed=True)
         if label in efficacy:
-            handles[label] = _line(axes, efficacy[label], colour, marker)
+            handles[label] = line(axes, efficacy[label], colour, marker)
     axes.set(xlabel="number of edits", ylabel="Efficacy$_{top}$ (%), solid", ylim=(-3, 103))
     other.set_ylabel("noise$_E$ of the last edited layer, dashed")
-    _scale(other, noise.values())
+    scale(other, noise.values())
     axes.set_zorder(other.get_zorder() + 1)  # the solid lines lie above the dashed ones
     axes.patch.set_visible(False)
     legend_below(figure, handles)
@@ -100,7 +100,7 @@ def k_beta(results: Results) -> Figure:
     figure, (axes,) = _figure(results)
     _lines(figure, [axes], [curves])
     axes.set(xlabel="number of edits", ylabel=r"mean $k^\top\beta$ of the last edited layer")
-    _scale(axes, curves.values())
+    scale(axes, curves.values())
     return figure
 
 
@@ -128,7 +128,7 @@ def noise_by_layer(results: Results) -> Figure:
         number = layer_of(path)
         panel.set_title(f"layer {number}" if number >= 0 else path, fontsize=10)
         panel.set_xlabel("number of edits")
-        _scale(panel, curves.values())
+        scale(panel, curves.values())
     for first in shown[::columns]:
         first.set_ylabel("noise$_E$")
     return figure
@@ -148,7 +148,7 @@ def eta(results: Results) -> Figure:
         for row in rows:
             if (value := row["metrics"].get(name)) is not None:
                 points[row["settings"]["method"]["eta"]].append(value)
-        handles[f"{label}$_{{top}}$"] = _line(axes, Curve.through(points), colour, marker)
+        handles[f"{label}$_{{top}}$"] = line(axes, Curve.through(points), colour, marker)
     axes.set(xlabel=r"$\eta$", ylabel=f"after {rows[0]['metrics']['checkpoints'][-1]['edits']} edits (%)", xticks=sorted(values))
     legend_below(figure, handles)
     return figure
@@ -196,14 +196,15 @@ def _figure(results: Results, rows: int = 1, columns: int = 1) -> tuple[Figure, 
 def _lines(figure: Figure, panels: Sequence[Axes], curves: Sequence[Mapping[str, Curve]]) -> None:
     """A line a method in each panel, and one legend for all."""
     handles: dict[str, Any] = {}
-    for label, (colour, marker) in _styles([label for some in curves for label in some]).items():
+    for label, (colour, marker) in styles([label for some in curves for label in some]).items():
         for axes, some in zip(panels, curves, strict=True):
             if label in some:
-                handles[label] = _line(axes, some[label], colour, marker)
+                handles[label] = line(axes, some[label], colour, marker)
     legend_below(figure, handles)
 
 
-def _line(axes: Axes, curve: Curve, colour: str, marker: str, dashed: bool = False) -> Any:
+def line(axes: Axes, curve: Curve, colour: str, marker: str, dashed: bool = False) -> Any:
+    """Draw a curve with a band from its lowest to its highest seed; the line, for a legend."""
     (line,) = axes.plot(
         curve.x,
         curve.mean,
@@ -224,14 +225,14 @@ def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
 
 
-def _styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Label -> colour and marker: a method's own colour, and for all other labels those that are left."""
     names = list(dict.fromkeys(labels))
     free = cycle([colour for name, colour in COLOURS.items() if name not in names] or list(COLOURS.values()))
     return {name: (COLOURS.get(name) or next(free), marker) for name, marker in zip(names, cycle(MARKERS), strict=False)}
 
 
-def _scale(axes: Axes, curves: Collection[Curve]) -> None:
+def scale(axes: Axes, curves: Collection[Curve]) -> None:
     """Logarithmic where some values are `APART` times as large as others; where some are not positive, linear around 0."""
     sizes = [some for curve in curves if (some := [abs(value) for value in curve.mean if value])]
     peaks = [max(some) for some in sizes]

@@ -46,6 +46,19 @@ class Sheet:
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in [list(map(_escaped, self.headings)), align, *lines])
         return f"**{_escaped(self.title)}**\n\n{table}\n"
 
+    def latex(self) -> str:
+        """As a LaTeX table (booktabs), with its title as caption."""
+        align = "l" + ("l" if self.wide else "r") * (len(self.headings) - 1)
+        lines = [
+            [_tex(cell) if (i, j) not in self.best else f"\\textbf{{{_tex(cell)}}}" for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+        body = [" & ".join(cells) + " \\\\" for cells in lines]
+        return "\n".join([
+            "\\begin{table}", "\\centering", f"\\caption{{{_tex(self.title)}}}", f"\\begin{{tabular}}{{{align}}}", "\\toprule",
+            " & ".join(map(_tex, self.headings)) + " \\\\", "\\midrule", *body, "\\bottomrule", "\\end{tabular}", "\\end{table}", "",
+        ])  # fmt: skip
+
 
 def sheets(name: str, results: Results, known: Known | None = None) -> list[Sheet]:
     """The tables of that name (see `errata.report.TABLES`). Raises DrawingError where the run does not hold it."""
@@ -154,6 +167,13 @@ def _number(value: float) -> str:
 def _written(said: Mapping[str, str], which: str) -> str:
     """Prompt and continuation in one line."""
     return " ".join(f"{said['prompt']} {said[which].strip()}".split())
+
+
+def _tex(text: str) -> str:
+    """What LaTeX would take for its own, and the signs that its fonts lack."""
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    signs = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "→": r"$\to$", "↑": r"$\uparrow$", "−": "--"}
+    return "".join(signs.get(sign, sign) for sign in text)
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,245 @@
+"""The pictures of a report as SVG that goes into its page: text stays text, and what is black takes the page's own colour.
+
+Each comes with the same in words and numbers, for whoever cannot see it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from errata.report.sequence import Curve, legend_below, line, scale, styles
+from errata.report.story import Story
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Stands for the page's text colour, which is light in the dark; no picture has it otherwise."""
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
+    "grid.color": "#808080",
+}
+WIDE = 7.2
+"""Inches; the page lets it shrink to its own width."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """title, and what it shows in a sentence; the SVG; headings and rows of the table behind it."""
+
+    title: str
+    about: str
+    svg: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def pictures(story: Story) -> dict[str, list[Picture]]:
+    """The pictures that the story has data for, by the part of the report that they belong to."""
+    makers: Mapping[str, Sequence[Callable[[Story], Picture | None]]] = {
+        "worked": (led_and_written,),
+        "goes-on": (over_edits, noise, by_age),
+    }
+    return {part: [made for make in some if (made := make(story)) is not None] for part, some in makers.items()}
+
+
+def led_and_written(story: Story) -> Picture | None:
+    """For each method what it scores when it is led beside what it writes by itself."""
+    found = [(one, one.cell("reliability") or one.cell("efficacy_top"), one.cell("exact")) for one in story.lines]
+    there = [(one, led, said) for one, led, said in found if led is not None and said is not None]
+    if not there:
+        return None
+    from matplotlib.figure import Figure
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(WIDE, 0.9 + 0.38 * len(there)), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, led, said) in enumerate(there):
+            axes.plot([led.mean, said.mean], [place, place], color="#808080", linewidth=2, zorder=1)
+            for cell, colour, marker, filled in ((led, "#0072B2", "o", True), (said, "#D55E00", "D", False)):
+                axes.plot([cell.low, cell.high], [place, place], color=colour, alpha=0.35, linewidth=6, solid_capstyle="butt", zorder=2)
+                face = colour if filled else "none"
+                axes.plot(cell.mean, place, marker=marker, color=colour, markerfacecolor=face, markeredgewidth=2, zorder=3)
+        axes.set_yticks(range(len(there)), [one.label for one, *_ in there])
+        axes.set(xlim=(-3, 103), xlabel="per cent of the edits: ● led by the answer, ◇ written by itself", ylim=(len(there) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        return figure
+
+    return Picture(
+        "Led by the hand, and speaking for itself",
+        "For each method the share of edits that hold when the answer is given token by token, and when the model writes it by itself.",
+        _svg(draw),
+        ("method", "led", "written"),
+        tuple((one.label, _with_limits(led), _with_limits(said)) for one, led, said in there),
+    )
+
+
+def over_edits(story: Story) -> Picture | None:
+    """Efficacy, generality and specificity on top over the number of edits."""
+    names = {"efficacy_top": "Efficacy", "generalization_top": "Generality", "specificity_top": "Specificity"}
+    curves = {name: _with_bands(story, name) for name in names}
+    if not any(curves.values()):
+        return None
+
+    def draw() -> Figure:
+        figure, panels = _panels(len(names))
+        handles: dict[str, Any] = {}
+        looks = styles([one.label for one in story.lines])
+        for axes, (name, title) in zip(panels, names.items(), strict=True):
+            for label, curve in curves[name].items():
+                handles[label] = line(axes, curve, *looks[label])
+            axes.set_title(title)
+            axes.set(ylim=(-3, 103), xlabel="edits")
+        panels[0].set_ylabel("per cent, on top")
+        legend_below(figure, handles)
+        return figure
+
+    rows = [
+        (label, names[name], *(f"{x:g}: {mean:.1f}" for x, mean in zip(curve.x, curve.mean, strict=True)))
+        for name, some in curves.items()
+        for label, curve in some.items()
+    ]
+    return Picture(
+        "As edits go on",
+        "Share of the edits so far that hold, of their other wordings, and of answers about others that stay, after so many edits. "
+        "Bands: the 95 % bootstrap interval over cases.",
+        _svg(draw),
+        *_table(("method", "measurement"), rows),
+    )
+
+
+def noise(story: Story) -> Picture | None:
+    """Superimposed noise of the last edited layer (DeltaEdit, eq. 12 to 14) over the number of edits."""
+    curves = _curves(story, "noise")
+    if not curves:
+        return None
+
+    def draw() -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
+        axes = figure.subplots()
+        looks = styles([one.label for one in story.lines])
+        handles = {label: line(axes, curve, *looks[label], dashed=True) for label, curve in curves.items()}
+        axes.set(xlabel="edits", ylabel="noise of the last edited layer")
+        axes.grid(alpha=0.3)
+        scale(axes, curves.values())
+        legend_below(figure, handles)
+        return figure
+
+    rows = [(label, *(f"{x:g}: {mean:.3g}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in curves.items()]
+    return Picture(
+        "Superimposed noise",
+        "What all other edits together do to an edit's own key, ‖Σ Δᵢ kₑ‖² − ‖Δₑ kₑ‖², in the mean (DeltaEdit, eq. 12 to 14).",
+        _svg(draw),
+        *_table(("method",), rows),
+    )
+
+
+def by_age(story: Story) -> Picture | None:
+    """Retention: at the last checkpoint, efficacy of the edits by when they were made."""
+    blocks: dict[str, Curve] = {}
+    for one in story.lines:
+        points: dict[float, list[float]] = {}
+        for row in one.rows:
+            for block in (row["metrics"].get("checkpoints") or [{}])[-1].get("by_age", []):
+                if block.get("efficacy_top") is not None:
+                    points.setdefault(sum(block["edits"]) / 2, []).append(block["efficacy_top"])
+        if len(points) > 1:
+            blocks[one.label] = Curve.through(points)
+    if not blocks:
+        return None
+
+    def draw() -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
+        axes = figure.subplots()
+        looks = styles([one.label for one in story.lines])
+        handles = {label: line(axes, curve, *looks[label]) for label, curve in blocks.items()}
+        axes.set(xlabel="when the edit was made: the oldest on the left", ylabel="per cent that still hold", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+        legend_below(figure, handles)
+        return figure
+
+    rows = [(label, *(f"{x:g}: {mean:.1f}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in blocks.items()]
+    return Picture(
+        "Retention by age",
+        "At the end of the sequence: the share of edits that still hold, by their place in it (the middle of each block of edits).",
+        _svg(draw),
+        *_table(("method",), rows),
+    )
+
+
+def _with_bands(story: Story, name: str) -> dict[str, Curve]:
+    """Label -> means over the cases of all seeds after so many edits, between the limits of their intervals; without empty ones."""
+    curves = {}
+    for one in story.lines:
+        cells = {edits: cell for edits in one.marks if (cell := one.cell(name, edits)) is not None}
+        if cells:
+            some = cells.values()
+            curves[one.label] = Curve([*cells], [cell.mean for cell in some], [cell.low for cell in some], [cell.high for cell in some])
+    return curves
+
+
+def _curves(story: Story, name: str) -> dict[str, Curve]:
+    """Label -> the curve of a value over the checkpoints; without lines that have none."""
+    curves = {}
+    for one in story.lines:
+        points: dict[float, list[float]] = {}
+        for row in one.rows:
+            for mark in row["metrics"].get("checkpoints") or ():
+                if (found := mark.get(name)) is not None:
+                    points.setdefault(mark["edits"], []).append(found)
+        if points:
+            curves[one.label] = Curve.through(points)
+    return curves
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
+    panels = list(figure.subplots(1, count, sharey=True, squeeze=False).flat)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
+    return figure, panels
+
+
+def _svg(draw: Callable[[], Figure]) -> str:
+    """The picture as an element of a page. Raises ImportError without matplotlib (`errata[plots]`)."""
+    import matplotlib
+
+    style: Any = {**STYLE, "svg.hashsalt": draw.__qualname__}
+    with matplotlib.rc_context(style):  # names of its own for clips and markers
+        file = io.StringIO()
+        draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
+
+
+def _with_limits(cell: Any) -> str:
+    return f"{cell.mean:.1f} ({cell.low:.1f} to {cell.high:.1f})"
+
+
+def _table(first: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Headings and rows of "x: value" cells, where x becomes the heading if it is the same in every row."""
+    head = [cell.partition(": ")[0] for cell in rows[0][len(first) :]]
+    if all([cell.partition(": ")[0] for cell in row[len(first) :]] == head for row in rows):
+        return (*first, *head), tuple((*row[: len(first)], *(cell.partition(": ")[2] for cell in row[len(first) :])) for row in rows)
+    width = max(len(row) for row in rows)
+    return (*first, *("" for _ in range(width - len(first)))), tuple((*row, *("" for _ in range(width - len(row)))) for row in rows)
