@@ -107,8 +107,19 @@ def ask(
 @app.command("eval")
 def evaluate(
     model: ModelOption,
-    data: Annotated[str, typer.Option(metavar="D", help="A data set's name or a file.")],
+    data: Annotated[str | None, typer.Option(metavar="D", help="A data set's name or a file.")] = None,
     edits: Annotated[Path | None, typer.Option(metavar="EDITS", help="Measure with these edits applied.")] = None,
+    ability: Annotated[
+        bool,
+        typer.Option("--ability", help="General ability in the place of cases, before the edits and after: lm-eval on the live model."),
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="With --ability (default: cola,mmlu,mrpc,nli,rte,sst2,perplexity); any task of lm-eval by name."),
+    ] = None,
+    variant: Annotated[
+        str, typer.Option(metavar="V", help="With --ability: 'probability' of each answer, or 'generate' five tokens.")
+    ] = "probability",
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     split: SplitOption = None,
@@ -119,6 +130,17 @@ def evaluate(
 ) -> None:
     """Measure without editing. With --data atlas: does the model know the bundled world, and can it be edited?"""
     _folder(edits)
+    if ability:
+        from errata.cli import ability as abilities
+
+        names = abilities.asked(tasks, variant, data_dir, limit or 100)
+        _threads(threads)
+        lm = _load(model, device, dtype)
+        able = abilities.run(lm, _edits(edits, lm), names, variant, limit or 100, data_dir)
+        show.json_out(able) if as_json else abilities.tell(able)
+        return
+    if data is None:
+        raise PlanError("eval needs --data D, or --ability")
     cases = None
     if data == "atlas":
         side = known_split(split)

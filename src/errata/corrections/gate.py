@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -17,6 +16,7 @@ import yaml
 from errata.edits import EditError, Stack
 from errata.facts import EditCase
 from errata.lm import Encoded, encode
+from errata.metrics import perplexity
 from errata.metrics.teacher_forced import agreement, predict
 from errata.statistics.corpus import beside, texts
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 6
 """So far the unedited model's own answers are compared."""
-TEXTS, TEXT_TOKENS, ROWS = 16, 64, 4
-"""Held-out texts, tokens of each, and how many go through the model at once."""
+TEXT_TOKENS = 64
+"""So much of each held-out text is read: less than elsewhere, since it is read again after every edit."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Gate:
         self.lm, self.limits = lm, limits
         with Stack.of(lm).aside_():
             self.answers = self._own_answers(limits.prompts)
-            held_out = texts(limits.text) if limits.text else texts(None, lm) if beside(lm) else limits.sentences
-            self.texts = self._texts(held_out)
-            self.perplexity = self._perplexity()
+            source = texts(limits.text) if limits.text else texts(None, lm) if beside(lm) else limits.sentences
+            self.texts = perplexity.held_out(lm, source, tokens=TEXT_TOKENS)
+            self.perplexity = perplexity.perplexity(lm, self.texts)
 
     def measure(self, cases: Sequence[EditCase], ordinary: Ordinary | None = None) -> dict[str, float]:
         """The model as it is: on these requests, and on what is nobody's. What there is nothing to ask for is absent.
@@ -104,12 +104,12 @@ class Gate:
         measured = {"fact": taken[0]} if len(cases) == 1 else {"batch": fmean(one >= self.limits.fact for one in taken)}
         if rephrasings := [(probe.prompt, probe.answers[0]) for case in cases for probe in case.rephrases]:
             measured["rephrasings"] = fmean(one.accuracy for one in predict(self.lm, rephrasings))
-        kept, perplexity = ordinary or self.ordinary()
+        kept, now = ordinary or self.ordinary()
         if own := [prompt for case in cases for prompt in case.meta.get("locality", ())]:
             with Stack.of(self.lm).aside_():
                 answers = self._own_answers(own)
             kept = (*kept, *self._kept(answers))
-        return measured | ({"locality": fmean(kept)} if kept else {}) | {"perplexity": perplexity}
+        return measured | ({"locality": fmean(kept)} if kept else {}) | {"perplexity": now}
 
     def taken(self, cases: Sequence[EditCase]) -> list[float]:
         """For each request the least accuracy of its facts."""
@@ -119,7 +119,7 @@ class Gate:
 
     def ordinary(self) -> Ordinary:
         """The part of `measure` that does not depend on the requests."""
-        return Ordinary(self._kept(self.answers), self._perplexity() / self.perplexity)
+        return Ordinary(self._kept(self.answers), perplexity.perplexity(self.lm, self.texts) / self.perplexity)
 
     def broken(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
         """The limits that an edit breaks, in words; empty if it may stay. before, after: what `measure` gave."""
@@ -152,18 +152,3 @@ class Gate:
             return []
         given = self.lm.target_logits(self.lm.batch(encoded)).argmax(-1).tolist()
         return [tuple(row[: len(one.target_ids)]) for one, row in zip(encoded, given, strict=True)]
-
-    def _texts(self, source: Iterable[str]) -> list[Encoded]:
-        read = (encode(self.lm.tokenizer, text).ids[:TEXT_TOKENS] for text in islice(source, TEXTS))
-        return [Encoded(ids, 1) for ids in read if len(ids) > 1]
-
-    @torch.no_grad()
-    def _perplexity(self) -> float:
-        """exp of the mean −log p over all tokens of the texts but their first."""
-        losses = []
-        for start in range(0, len(self.texts), ROWS):
-            batch = self.lm.batch(self.texts[start : start + ROWS])
-            logits = self.lm.target_logits(batch)
-            loss = torch.nn.functional.cross_entropy(logits[batch.mask].float(), batch.targets[batch.mask], reduction="none")
-            losses += loss.tolist()
-        return math.exp(min(fmean(losses), 700.0)) if losses else 1.0
