@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from errata.cli import call
-from errata.data import DataError
 from errata.edits import Stack
 from errata.facts import Fact
 from errata.lm import LanguageModel
@@ -124,7 +123,7 @@ def test_perplexity_is_the_exponent_of_the_mean_loss(lm: LanguageModel) -> None:
 )
 def test_a_broken_file_is_named(data: Path, content: str, wrong: str) -> None:
     (data / "ability" / "cola.json").write_text(content)
-    with pytest.raises(DataError, match=r"cola\.json") as found:
+    with pytest.raises(ability.AbilityError, match=r"cola\.json") as found:
         ability.read("cola", data)
     assert wrong in str(found.value)
 

@@ -132,7 +132,9 @@ def evaluate(
     _folder(edits)
     if ability:
         from errata.cli import ability as abilities
+        from errata.data import ENVIRONMENT
 
+        data_dir = data_dir or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
         names = abilities.asked(tasks, variant, data_dir, limit or 100)
         _threads(threads)
         lm = _load(model, device, dtype)

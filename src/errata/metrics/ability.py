@@ -6,10 +6,8 @@ harness goes by its own name, with what it downloads. `errata[ability]` brings t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
-
-from errata.data import ENVIRONMENT, DataError
 
 if TYPE_CHECKING:
     from errata.lm import LanguageModel
@@ -28,6 +24,12 @@ LIMIT = 100
 GENERATED = 5
 """Tokens of a generated answer, as in the paper's scripts."""
 VARIANTS = ("probability", "generate")
+
+
+class AbilityError(ValueError):
+    """A task that nobody knows, or tests that are missing or broken."""
+
+
 Scores = dict[str, float]
 
 
@@ -94,11 +96,11 @@ def measure(
     variant: "probability": the answer whose tokens have the greatest log p; "generate": the answer that stands first in GENERATED greedy
         tokens, in letters of any size; a text with none of them is wrong (and "answered" says how many have one).
     limit: the first so many tests of each task; None is all of them. data_dir: where NAME.json of the six lies, or a folder "ability" in
-        it; None: $ERRATA_DATA.
+        it.
     f1: the F1 of each label, weighted by how often the label is right; mcc (CoLA alone): Matthews' correlation.
     Other tasks of the harness have the harness's own numbers, as fractions in per cent.
 
-    Raises DataError for an unknown task or a broken file, ImportError without lm-eval, ValueError for an unknown variant.
+    Raises AbilityError for an unknown task or a broken file, ImportError without lm-eval, ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; there is {', '.join(VARIANTS)}")
@@ -112,42 +114,32 @@ def measure(
 
 
 def read(name: str, data_dir: str | Path | None, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first records of one of the six. Raises DataError naming file and record where something is missing."""
+    """The first records of one of the six. Raises AbilityError naming file and record where something is missing."""
     path = find(name, data_dir)
     task = TASKS[name]
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); expected an array of records") from error
+        raise AbilityError(f"{path}: not valid JSON ({error}); expected an array of records") from error
     if not isinstance(records, list) or not records:
-        raise DataError(f"{path} must hold an array of records, and at least one")
+        raise AbilityError(f"{path} must hold an array of records, and at least one")
     for number, record in enumerate(records[:limit]):
         try:
             task.text(record)
             task.label(record)
         except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise DataError(f"{path}, record {number}: not a test of {name} ({type(error).__name__}: {error})") from error
+            raise AbilityError(f"{path}, record {number}: not a test of {name} ({type(error).__name__}: {error})") from error
     return list(records[:limit])
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Path:
-    """The file of one of the six. Raises DataError where there is none."""
-    folder = data_dir if data_dir is not None else os.environ.get(ENVIRONMENT)
-    if folder is None:
-        raise DataError(f"where are the tests of {name!r}? say the folder that holds {name}.json (--data-dir or ${ENVIRONMENT})")
-    for place in (Path(folder) / f"{name}.json", Path(folder) / "ability" / f"{name}.json"):
+    """The file of one of the six. Raises AbilityError where there is none."""
+    if data_dir is None:
+        raise AbilityError(f"where are the tests of {name!r}? say the folder that holds {name}.json (data_dir, --data-dir or $ERRATA_DATA)")
+    for place in (Path(data_dir) / f"{name}.json", Path(data_dir) / "ability" / f"{name}.json"):
         if place.is_file():
             return place
-    raise DataError(f"no {name}.json in {folder} or its folder 'ability'; put it there, or leave out {name!r}")
-
-
-def fingerprint(tasks: Sequence[str], data_dir: str | Path | None = None) -> str:
-    """SHA-256 over the files of those of the six."""
-    digest = hashlib.sha256()
-    for name in tasks:
-        if name in TASKS:
-            digest.update(find(name, data_dir).read_bytes())
-    return digest.hexdigest()
+    raise AbilityError(f"no {name}.json in {data_dir} or its folder 'ability'; put it there, or leave out {name!r}")
 
 
 def difference(before: Mapping[str, Scores], after: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
@@ -234,14 +226,14 @@ def _harness(lm: LanguageModel, tasks: Sequence[Any], limit: int | None) -> dict
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raise DataError for what is neither one of the six nor a task of the harness."""
+    """Raise AbilityError for what is neither one of the six nor a task of the harness."""
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().all_tasks
     for name in names:
         if name not in known:
             near = get_close_matches(name, [*TASKS, *known], n=1)
-            raise DataError(f"no task {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (errata's own: {', '.join(TASKS)})")
+            raise AbilityError(f"no task {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (errata's own: {', '.join(TASKS)})")
 
 
 def _others(lm: LanguageModel, names: Sequence[str], limit: int | None) -> dict[str, Scores]:
