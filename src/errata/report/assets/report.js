@@ -45,7 +45,7 @@
   }
 
   function details(one) {
-    const made = element("td", { colspan: String(4 + data.columns.length), class: "text" });
+    const made = element("div", { class: "inner" });
     const say = (title, list) => {
       if (!list.length) return;
       made.append(element("p", { class: "soft" }, title));
@@ -59,7 +59,7 @@
     }
     say("Other questions:", one.questions);
     made.append(element("p", { class: "soft" }, `${one.line}, case ${one.case}, seed ${one.seed}`));
-    return made;
+    return element("td", { colspan: String(4 + data.columns.length), class: "text" }, made);
   }
 
   function row(one) {
