@@ -78,7 +78,7 @@ def efficacy_and_noise(results: Results) -> Figure:
     figure, (axes,) = _figure(results)
     other = axes.twinx()
     handles: dict[str, Any] = {}
-    for label, (colour, marker) in _styles([*efficacy, *noise]).items():
+    for label, (colour, marker) in styles([*efficacy, *noise]).items():
         if label in noise:
             _line(other, noise[label], colour, marker, dashed=True)
         if label in efficacy:
@@ -196,7 +196,7 @@ def _figure(results: Results, rows: int = 1, columns: int = 1) -> tuple[Figure, 
 def _lines(figure: Figure, panels: Sequence[Axes], curves: Sequence[Mapping[str, Curve]]) -> None:
     """A line a method in each panel, and one legend for all."""
     handles: dict[str, Any] = {}
-    for label, (colour, marker) in _styles([label for some in curves for label in some]).items():
+    for label, (colour, marker) in styles([label for some in curves for label in some]).items():
         for axes, some in zip(panels, curves, strict=True):
             if label in some:
                 handles[label] = _line(axes, some[label], colour, marker)
@@ -224,7 +224,7 @@ def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
 
 
-def _styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Label -> colour and marker: a method's own colour, and for all other labels those that are left."""
     names = list(dict.fromkeys(labels))
     free = cycle([colour for name, colour in COLOURS.items() if name not in names] or list(COLOURS.values()))
