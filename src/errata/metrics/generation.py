@@ -217,10 +217,11 @@ def extended(
         is the prompt as a user's whole turn; there line breaks do not end the reply, only the end token and the limit.
     chat: "auto", "on" or "off", see `errata.metrics.framing`.
     aliases: further answers of the case's rephrasings, portability probes and one-hop questions whose first answer is the target.
-    negation: the edit prompt, denied by `framing.negated` ("The capital of France is not"); the new target must not go on from there.
-    leak: the case's locality and neighbourhood probes whose prompt names a fact's subject, but is not the edit's own, and whose answers
-        neither are the new target nor contain it, nor stand in it: other relations of the subject, in which the new target is wrong.
-        (atlas, KnowEdit and ZsRE have such probes, CounterFact and ZsRE's MEND form have none.)
+    negation: the edit prompt, denied by `framing.negated` ("The capital of France is not"); the new target must not go on from there. And
+        the case's own probes that deny it (KnowEdit's Forgetfulness: "The name of the position held by X, which is not TARGET, is").
+    leak: the case's other locality and neighbourhood probes whose prompt names a fact's subject and not its target, and whose answers
+        neither are the target nor contain it, nor stand in it: other relations of the subject, in which the new target is wrong. The
+        edit's own prompt is none. (atlas, KnowEdit and ZsRE have such probes, CounterFact hardly any, ZsRE's MEND form none.)
 
     Ask the unedited model too: a share of leaks is what the edit did as far as it is higher than before.
     within: as in `score_all`. Raises ValueError for an unknown `chat`, "on" without a template, or less than one token; ModelError for a
@@ -263,8 +264,11 @@ def _asked(number: int, case: EditCase, templated: bool) -> Iterator[_Asked]:
             yield _Asked(number, "chat", fact.text, fact.target, aliases)
         if denied := negated(fact.text, _span(fact)):
             yield _Asked(number, "negation", denied, fact.target, ())
-        for probe in _other_relations(case, fact):
-            yield _Asked(number, "leak", probe.prompt, fact.target, probe.answers)
+        for probe in _where_it_is_wrong(case, fact):
+            if not contains(probe.prompt, [fact.target]):
+                yield _Asked(number, "leak", probe.prompt, fact.target, probe.answers)
+            elif contains(probe.prompt, [f"not {fact.target}"]):
+                yield _Asked(number, "negation", probe.prompt, fact.target, probe.answers)
 
 
 def _aliases(case: EditCase, target: str) -> tuple[str, ...]:
@@ -275,8 +279,8 @@ def _aliases(case: EditCase, target: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for answers in known for name in answers if normalise(name) != normalise(target)))
 
 
-def _other_relations(case: EditCase, fact: Fact) -> list[Probe]:
-    """Probes about the fact's subject in whose answers its target does not belong."""
+def _where_it_is_wrong(case: EditCase, fact: Fact) -> list[Probe]:
+    """Probes about the fact's subject that are not to be answered by its target."""
     groups = (*case.locality.values(), case.neighbourhood)
     probes = dict.fromkeys(probe for group in groups for probe in group)  # a neighbour may stand in both
     own = {normalise(one.text) for one in case.facts}
