@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BEFORE, BEFORE_LINE = "0.78", "0.35"
+BEFORE, BEFORE_LINE = "0.84", "0.35"
 INSIDE = 0.95
 """The share of a cloud that its dashed ellipse would hold, were it normally distributed."""
 COLUMNS = 3
@@ -53,10 +53,11 @@ def picture(records: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure
     for spare in panels[len(clouds) :]:
         spare.remove()
     common = len({before.tobytes() for before, _ in clouds.values()}) == 1
-    everything = np.concatenate([points for both in clouds.values() for points in both])
+    frames = {label: np.concatenate([part for points in both for part in (points, _ellipse(points).T)]) for label, both in clouds.items()}
+    everything = np.concatenate(list(frames.values()))
     handles: dict[str, Any] = {}
     for main, (label, (before, after)), (colour, marker) in zip(panels, clouds.items(), styles(list(clouds)).values(), strict=False):
-        _limits(main, everything if common else np.concatenate([before, after]))
+        _limits(main, everything if common else frames[label])
         handles["before"] = main.scatter(*before.T, s=30, color=BEFORE, linewidths=0, zorder=2)
         handles[label] = main.scatter(*after.T, s=8, color=colour, marker=marker, linewidths=0, alpha=0.8, zorder=3)
         top, right = main.inset_axes((0, 1.01, 1, 0.2)), main.inset_axes((1.01, 0, 0.2, 1))  # as wide and high as the panel
@@ -82,9 +83,9 @@ def _heading(label: str, record: Mapping[str, Any]) -> str:
 
 
 def _limits(axes: Axes, points: Floats) -> None:
-    """The same length both ways, with room for the ellipses."""
+    """The same length both ways, with a little room."""
     low, high = points.min(0), points.max(0)
-    middle, half = (low + high) / 2, 0.62 * max(float((high - low).max()), 1e-9)
+    middle, half = (low + high) / 2, 0.54 * max(float((high - low).max()), 1e-9)
     axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
 
 
