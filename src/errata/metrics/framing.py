@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,39 @@ CHATS = ("auto", "on", "off")
 """Whether a prompt becomes a turn of a chat: where the tokenizer has a template; always; never."""
 
 
+_FRAMED = re.compile(r"^\s*(?:q|question)\s*:|\b(?:a|answer)\s*:(?:\s+the)?\s*$", re.IGNORECASE)
+_ASKS = re.compile(r"\?|^\s*(?:who|whom|whose|what|which|where|when|why|how|is|are|was|were)\b", re.IGNORECASE)
+_AUXILIARY = re.compile(r"(?<![\w'’-])(?:is|are|was|were)(?![\w'’-])")
+_DENIED = re.compile(r"\s*(?:not|never|no longer|n't)\b", re.IGNORECASE)
+
+
 def framed(question: str, frame: str) -> str:
     """The question in one of FRAMES. Raises ValueError for an unknown one."""
     if frame not in FRAMES:
         raise ValueError(f"unknown frame {frame!r}; there is {', '.join(FRAMES)}")
     return FRAMES[frame].replace("{}", question)
+
+
+def is_framed(prompt: str) -> bool:
+    """Whether a prompt stands in a question-answer frame already ("Q: Where is Lyon? A:")."""
+    return _FRAMED.search(prompt) is not None
+
+
+def negated(prompt: str, subject_span: tuple[int, int] | None = None) -> str | None:
+    """The prompt with "not" behind its last is, are, was or were: "Lyon is not located in", "The capital of France is not".
+
+    The last one, because the words that are to be continued hang on it; inside the subject (characters [start, end) of the prompt: "The
+    Way We Were") it is no verb. None where that does not deny the statement: a question, a prompt in a frame, one that is denied already,
+    or one without these English words.
+    """
+    if _ASKS.search(prompt) or is_framed(prompt):
+        return None
+    start, end = subject_span or (0, 0)
+    verbs = [found for found in _AUXILIARY.finditer(prompt) if found.end() <= start or found.start() >= end]
+    if not verbs or _DENIED.match(prompt, verbs[-1].end()):
+        return None
+    place = verbs[-1].end()
+    return f"{prompt[:place]} not{prompt[place:]}"
 
 
 def chats(tokenizer: Any, chat: str = "auto") -> bool:

@@ -51,9 +51,19 @@ def contains(text: str, answers: Iterable[str]) -> bool:
     return any(_stands_in(form(text), form(answer)) for answer in answers for form in (normalise, _words))
 
 
-def _stands_in(text: str, answer: str) -> bool:
+def begins(text: str, answers: Iterable[str]) -> bool:
+    """Does `text` begin with one of the answers as whole words? "Paris. The" begins with "Paris"; "Parisian" and "in Paris" do not.
+
+    With or without articles, as in `contains`.
+    """
+    return any(_stands_in(form(text), form(answer), at_start=True) for answer in answers for form in (normalise, _words))
+
+
+def _stands_in(text: str, answer: str, at_start: bool = False) -> bool:
     for found in re.finditer(f"(?={re.escape(answer)})", text):
         start, end = found.start(), found.start() + len(answer)
+        if at_start and start:
+            return False
         glued = (text[start - 1 : start], answer[:1]), (answer[-1:], text[end : end + 1])
         if answer and not any(_SPACED.match(left) and _SPACED.match(right) for left, right in glued):
             return True
