@@ -20,6 +20,18 @@ class FactError(ValueError):
     """A fact, probe or record that cannot be used; the message says what is wrong, where, and the way out."""
 
 
+def check_text(*texts: str) -> None:
+    """Raise FactError where a text holds half of a surrogate pair (JSON can spell one, UTF-8 and tokenizers cannot)."""
+    for text in texts:
+        if not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
+            raise FactError(f"{text!a} holds {lone[0]!a}, which is half a character; write the whole one")
+
+
+def prompt_key(prompt: str) -> str:
+    """The same for prompts that differ in case and white space alone."""
+    return " ".join(prompt.casefold().split())
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     """One statement to be made true: `prompt` with `subject` in it is to be continued by `target`.
@@ -37,6 +49,7 @@ class Fact:
     ground_truth: str | None = None
 
     def __post_init__(self) -> None:
+        check_text(self.prompt, self.subject, self.target, self.ground_truth or "")
         if not self.prompt.strip():
             raise FactError(f"the prompt of the fact about {self.subject!r} is empty; write what comes before the target")
         if not self.target.strip():
@@ -118,6 +131,7 @@ class Probe:
     answers: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        check_text(self.prompt, *self.answers)
         if not self.prompt.strip() or not self.answers or not all(answer.strip() for answer in self.answers):
             raise FactError(f"a probe needs a prompt and at least one non-empty answer (got {self.prompt!r}, {list(self.answers)!r})")
 
@@ -222,16 +236,3 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise FactError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
             yield number, record
-
-
-def read_facts(path: str | Path) -> list[Fact]:
-    """Facts from a JSONL file, one a line. Raises FactError naming file and line of the first broken one, or an empty file."""
-    facts = []
-    for number, record in read_jsonl(path):
-        try:
-            facts.append(Fact.from_dict(record))
-        except FactError as error:
-            raise FactError(f"{path}, line {number}: {error}") from error
-    if not facts:
-        raise FactError(f"{path} holds no facts; write one JSON object a line: prompt, subject, target")
-    return facts

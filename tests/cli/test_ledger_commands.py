@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -84,14 +85,23 @@ def test_undo_and_redo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_undo_with_rebase(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = told(capsys, "undo", "L", "1", "--rebase")
+    changed = told(capsys, "undo", "L", "1", "--rebase", "--no-gate")
     assert (changed["undone"], changed["built_on_them"], changed["made"]) == ([1], [2, 3], [4, 5])
     wanted = [word for fact in FACTS[1:] for word in ("--fact", fact)]
     options = ["--method", "lora", "--set", "lora.steps=3", "--no-gate"]
     never = told(capsys, "edit", "--model", "tiny", "--out", "never", *options, *wanted)
     assert never["checksum"] == changed["checksum"], "as if the first had never been there"
-    code, out, _ = said(capsys, "undo", "L", "4", "--rebase")
+    code, out, _ = said(capsys, "undo", "L", "4", "--rebase", "--no-gate")
     assert code == 0 and "made again without it: 5, now 6" in out
+    assert told(capsys, "show", "L", "6")["note"] == "asked for by Ann"
+    assert "edit 5, made again without 4" in said(capsys, "show", "L", "6")[1]
+    for wrong in (["--no-gate"], ["--rebase", "--no-gate", "--gate", "g.yaml"]):
+        assert said(capsys, "undo", "L", "6", *wrong)[0] == 2
+    sums = told(capsys, "log", "L")["checksum"]
+    said(capsys, "edit", "--model", "tiny", "--out", "L", *options, "--fact", "{Lyon} lies in -> Spain")
+    code, _, err = said(capsys, "undo", "L", "6", "--rebase")
+    assert code == 2 and "edit 7 cannot be made again: " in err and "nothing was changed" in err
+    assert told(capsys, "undo", "L", "7")["checksum"] == sums
 
 
 def test_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +119,9 @@ def test_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place.unlink()
     code, out, _ = said(capsys, "verify", "L", "--no-model", "--json")
     assert code == 1 and "is missing" in json.loads(out)["problems"][0]
+    (here / "L" / "ledger.sqlite").write_bytes(b"SQLite? No. " * 100)
+    code, out, _ = said(capsys, "verify", "L", "--json")
+    assert code == 1 and "not a database" in json.loads(out)["problems"][0]
 
 
 def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +154,9 @@ def test_rejected(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "log", "L", "--rejected")
     assert code == 0 and "Spain" in out
     (here / "open.yaml").write_text("fact: 0\nlocality: 0\nlocality_drop: 1\nperplexity: 1e12\n".replace("1e12", "1000000000000"))
-    assert said(capsys, *wanted, "--gate", "open.yaml")[0] == 1, "it was turned down before"
-    assert told(capsys, *wanted, "--gate", "open.yaml", "--force")["counts"]["made"] == 1
+    code, _, err = said(capsys, *wanted)
+    assert code == 1 and "rejected: {Lyon} lies in -> Spain: before: " in err, "it was turned down before"
+    assert told(capsys, *wanted, "--gate", "open.yaml")["counts"]["made"] == 1, "under other limits it is another request"
 
 
 def test_a_thousand_lines_would_look_like_this(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,12 +167,15 @@ def test_a_thousand_lines_would_look_like_this(here: Path, capsys: pytest.Captur
     (here / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ["--facts", "f.jsonl", "--no-gate", "--set", "ft-m.steps=2", "--out", "N"]
     code, out, err = said(capsys, "edit", "--model", "tiny", *options)
-    assert code == 1 and "2 made, 1 rejected of 3" in err and "edit 1 says 'Paris' about the same; undo it, or replace it" in err
+    assert code == 1 and "2 made, 1 rejected of 3" in err and "another request says 'Paris' about the same; ask for one of them" in err
     assert "editing: 3 of 3 · 1 rejected" in err and "The river of Russia is" in out
     assert [no["facts"] for no in told(capsys, "log", "N", "--rejected")] == [["The river of {Spain} is -> Rome"]]
     assert said(capsys, "edit", "--model", "tiny", *options)[0] == 1 and len(told(capsys, "log", "N", "--rejected")) == 1
+    (here / "f.jsonl").write_text(json.dumps(lines[2]) + "\n")
+    code, _, err = said(capsys, "edit", "--model", "tiny", *options)
+    assert code == 1 and "edit 1 says 'Paris' about the same; undo it, or replace it" in err
     code, _, err = said(capsys, "edit", "--model", "tiny", *options, "--replace")
-    assert code == 0 and "1 made, 2 skipped of 3" in err
+    assert code == 0 and "1 made of 1" in err
 
 
 @pytest.mark.parametrize("format", ["adapter", "checkpoint", "patch"])
@@ -189,3 +206,20 @@ def test_listing_and_undoing_leave_torch_alone(here: Path) -> None:
     script = f"import sys\nfrom errata.cli import call\nprint([call(one) for one in {asked}], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("[0, 0, 0, 0, 0] False")
+
+
+def test_a_narrow_terminal_shows_what_edits_are_found_by(here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from errata.cli import call\ncall(['log', 'L'])"],
+        cwd=here, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "60", "TTY_COMPATIBLE": "1", "FORCE_COLOR": "1"},
+    )  # fmt: skip
+    assert "active" in done.stdout and "lora" in done.stdout
+
+
+def test_edits_bring_their_own_dtype(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ledger made in another type than the checkpoint's is asked and measured in that type, unless told otherwise."""
+    options = ["--method", "lora", "--set", "lora.steps=2", "--no-gate", "--dtype", "float64"]
+    assert said(capsys, "edit", "--model", "tiny", "--out", "D", *options, "--fact", FACTS[0])[0] == 0
+    assert told(capsys, "ask", "--model", "tiny", "--edits", "D", "The capital of France is")[0]["after"]
+    (here / "d.jsonl").write_text(json.dumps({"prompt": "The capital of {} is", "subject": "France", "target_new": "Tokyo"}) + "\n")
+    assert said(capsys, "eval", "--model", "tiny", "--data", "d.jsonl", "--edits", "D")[0] == 0

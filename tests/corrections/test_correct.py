@@ -136,23 +136,25 @@ def test_a_broken_limit_takes_the_edit_out_and_is_remembered(tmp_path: Path) -> 
         assert ledger.entries() == []
         no = ledger.rejections()[0]
         assert no.facts == (FACT,) and no.reason == first.reason and no.metrics and no.metrics["after"]["fact"] == 1
-    again, _ = done(lm, folder, FACT, OTHER)
+    again, _ = done(lm, folder, FACT, OTHER, limits=strict)
     assert again.status == "rejected" and again.reason == f"before: {first.reason}; force it to try again"
-    forced, _ = done(lm, folder, FACT, OTHER, force=True)
-    assert forced.status == "made"
-    other, _ = done(lm, tmp_path / "2", FACT, OTHER, limits=strict)
-    changed, _ = done(lm, tmp_path / "2", FACT, OTHER, settings={"steps": 20})
-    assert (other.status, changed.status) == ("rejected", "made"), "asked for in another way it is another request"
+    forced, _ = done(lm, folder, FACT, OTHER, limits=strict, force=True)
+    assert forced.status == "rejected" and forced.reason == first.reason, "tried again, and measured again"
+    for change in ({"settings": {"steps": 50}, "limits": limits(perplexity=1e8)}, {"limits": limits(fact=0.4)}):
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        other, _ = done(lm, place, FACT, OTHER, limits=strict)
+        changed, _ = done(lm, place, FACT, OTHER, **change)
+        assert (other.status, changed.status) == ("rejected", "made"), "asked for in another way it is another request"
 
 
 def test_what_was_turned_down_is_tried_again_once_the_model_is_another(tmp_path: Path) -> None:
     lm, folder = language_model("llama"), tmp_path / "l"
     done(lm, folder, FACT)
     assert done(lm, folder, OTHER, limits=limits(perplexity=0.0))[0].status == "rejected"
-    assert str(done(lm, folder, OTHER)[0].reason).startswith("before: ")
+    assert str(done(lm, folder, OTHER, limits=limits(perplexity=0.0))[0].reason).startswith("before: ")
     with Ledger.write(folder) as ledger:
         ledger.undo(1)
-    assert done(lm, folder, OTHER)[0].status == "made"
+    assert str(done(lm, folder, OTHER, limits=limits(perplexity=0.0))[0].reason).startswith("perplexity ")
 
 
 def test_requests_that_cannot_be_are_rejected_one_by_one(tmp_path: Path) -> None:
@@ -216,8 +218,8 @@ def test_a_batch_is_one_edit(tmp_path: Path) -> None:
     outcomes = done(lm, folder, FACT, FACT, ELSE, AGAIN, OTHER, name="locft", batch=4)
     assert [one.status for one in outcomes] == ["made", "skipped", "rejected", "made", "made"]
     assert [one.number for one in outcomes] == [1, None, None, 1, 2]
-    assert outcomes[1].reason == "another request of its batch says so already"
-    assert outcomes[2].reason == "another request of its batch says 'Tokyo' about the same; ask for one of them"
+    assert outcomes[1].reason == "another request says so already"
+    assert outcomes[2].reason == "another request says 'Tokyo' about the same; ask for one of them"
     with Ledger.open(folder) as ledger:
         first, second = ledger.entries()
         assert (len(first.facts), len(second.facts)) == (2, 1)
@@ -236,12 +238,13 @@ def test_what_of_a_batch_did_not_take_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ft-m", "deltaedit", "melo"])
 def test_rebase_is_computing_without_it(name: str, tmp_path: Path) -> None:
     lm = language_model("llama")
-    done(lm, tmp_path / "l", FACT, AGAIN, OTHER, name=name, limits=None, seed=2)
+    done(lm, tmp_path / "l", FACT, AGAIN, OTHER, name=name, limits=None, seed=2, note="Ann")
     before = weights(lm)
     with Ledger.write(tmp_path / "l") as ledger:
         new = rebase(lm, ledger, [1], reason="was wrong")
+        assert ("made", 4, "edit 2, made again without 1") in [(one.action, one.edit, one.reason) for one in ledger.events()]
         assert [entry.number for entry in new] == [4, 5] and [entry.number for entry in ledger.entries(active=True)] == [4, 5]
-        assert [entry.facts for entry in new] == [(AGAIN,), (OTHER,)] and new[0].note == "edit 2, made again without 1"
+        assert [entry.facts for entry in new] == [(AGAIN,), (OTHER,)] and new[0].note == "Ann"
         assert ledger.verify(lm) == [] and same(weights(lm), before)
         assert ledger.built_on([4]) == [5]
         with pytest.raises(EditError, match="undone already"):
@@ -264,9 +267,70 @@ def test_a_rebase_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest
 
     propose = Session.propose
     monkeypatch.setattr(Session, "propose", fail)
-    with Ledger.write(tmp_path / "l") as ledger, pytest.raises(FloatingPointError, match="no number"):
+    with Ledger.write(tmp_path / "l") as ledger, pytest.raises(EditError, match="edit 3 cannot be made again: no number"):
         rebase(lm, ledger, [1])
     assert same(found, now(lm, tmp_path / "l"))
+
+
+def test_a_rebase_is_measured(tmp_path: Path) -> None:
+    """With the rephrasings and locality prompts that were asked for then."""
+    lm, folder = language_model("llama"), tmp_path / "l"
+    case = EditCase("0", (AGAIN,), (Probe("Spain lies in", (AGAIN.target,)),), meta={"locality": ("Lyon lies in",)})
+    with Ledger.write(folder, lm) as ledger:
+        correct(lm, ledger, [*cases(FACT), case], method("ft-m", steps=60), limits=limits())
+        with pytest.raises(EditError, match=r"edit 2 cannot be made again: rephrasings 0\.00, at least 1; nothing was changed"):
+            rebase(lm, ledger, [1], limits=limits(rephrasings=1.0))
+        assert [entry.number for entry in ledger.entries(active=True)] == [1, 2]
+        (new,) = rebase(lm, ledger, [1], limits=limits())
+        assert new.metrics and new.metrics["after"].keys() == {"fact", "rephrasings", "locality", "perplexity"}
+        assert new.cases[0].meta == case.meta and ledger.verify(lm) == []
+
+
+def reworded(fact: Fact, prompt: str) -> EditCase:
+    return EditCase("0", (fact,), (Probe(prompt, (fact.target,)),))
+
+
+def test_rephrasings_contradict_too(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    for number, (first, second) in enumerate([(reworded(AGAIN, FACT.text), cases(ELSE)[0]), (cases(ELSE)[0], reworded(AGAIN, FACT.text))]):
+        with Ledger.write(tmp_path / str(number), lm) as ledger:
+            told_now = [correct(lm, ledger, [one], method("ft-m"))[0] for one in (first, second)]
+            assert told(told_now) == [("made", 1), ("rejected", 1)] and "about the same" in str(told_now[1].reason)
+            (yes,) = correct(lm, ledger, [second], method("ft-m"), replace=True)
+            assert told([yes]) == [("made", 2)] and [entry.number for entry in ledger.entries(active=True)] == [2]
+
+
+def test_lines_of_a_call_that_contradict_one_another(tmp_path: Path) -> None:
+    """The first one counts, also with `replace`, and as often as the call is made: else they would replace each other for ever."""
+    lm, folder = language_model("llama"), tmp_path / "l"
+    for replace in (False, True, True):
+        outcomes = done(lm, folder, FACT, AGAIN, ELSE, replace=replace)
+        assert outcomes[2].status == "rejected" and outcomes[2].reason == "another request says 'Tokyo' about the same; ask for one of them"
+        with Ledger.open(folder) as ledger:
+            assert len(ledger.entries()) == 2 and len(ledger.rejections()) == 1
+    one = EditCase("0", (FACT, ELSE))
+    with Ledger.write(folder, lm) as ledger:
+        assert correct(lm, ledger, [one], method("ft-m"), replace=True)[0].status == "rejected", "nor can one request say both"
+
+
+def test_what_was_known_is_not_once_it_was_edited(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    known = next(fact for fact in own_answers(lm) if predict(lm, [(fact.text, fact.target)])[0].accuracy == 1)
+    other = Fact(known.prompt, known.subject, "Warsaw")
+    assert told(done(lm, folder, known)) == [("skipped", None)]
+    assert told(done(lm, folder, known)) == [("skipped", None)], "remembered"
+    assert told(done(lm, folder, other)) == [("made", 1)]
+    (no,) = done(lm, folder, known)
+    assert told([no]) == [("rejected", 1)] and "edit 1 says 'Warsaw'" in str(no.reason)
+    assert told(done(lm, folder, known, replace=True)) == [("made", 2)]
+
+
+def test_a_request_is_done_when_all_of_its_facts_are(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    with Ledger.write(folder, lm) as ledger:
+        for facts, expected in (((FACT,), "made"), ((FACT, AGAIN), "made"), ((AGAIN, FACT), "skipped")):
+            (one,) = correct(lm, ledger, [EditCase("0", facts)], method("ft-m", steps=60))
+            assert one.status == expected, facts
 
 
 def test_another_model_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
-def test_fifty_kills_end_at_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "requests"), [("api", 100), ("cli", 30)])
+def test_killed_again_and_again_it_ends_at_the_same_weights(kind: str, requests: int, tmp_path: Path) -> None:
     """Half of them come at random times, half before a random operation on the disk; `verify` passes after each of them."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.corrections.killed", str(tmp_path)],
+        [sys.executable, "-m", "tests.corrections.killed", kind, str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -26,8 +27,8 @@ def test_fifty_kills_end_at_the_same_weights(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = json.loads(done.stdout.splitlines()[-1])
     assert told["last"] == told["whole"] and told["left"] == []
     _, made, rejected = told["whole"]
-    assert made + rejected == 100 and made > 50 and rejected > 0, "both kinds of ends are there"
-    assert len({tuple(place) for place in told["places"]}) > 15, "killed at many places"
+    assert made + rejected == requests and made > 0 and rejected > 0, "both kinds of ends are there"
+    assert len({tuple(place) for place in told["places"]}) > 8, "killed at many places"

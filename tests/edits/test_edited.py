@@ -72,6 +72,21 @@ def test_a_ledger_with_something_undone(lm: LanguageModel, made: list[Edit], tmp
         assert len(again.edits) == 2 and same(again.lm.model, lm.model)
 
 
+def test_what_came_from_a_ledger_is_written_with_its_history(lm: LanguageModel, made: list[Edit], tmp_path: Path) -> None:
+    with Ledger.write(tmp_path / "L", lm) as ledger:
+        ledger.add(*(New(one, seed=3, note="asked for by Ann") for one in made))
+        ledger.undo(2, reason="withdrawn")
+    edited = EditedModel.from_pretrained(tmp_path / "L")
+    edited.save_pretrained(tmp_path / "M")
+    with Ledger.open(tmp_path / "L") as one, Ledger.open(tmp_path / "M") as other:
+        assert one.entries() == other.entries() and one.events() == other.events() and other.verify() == []
+    with Ledger.write(tmp_path / "L") as ledger:
+        ledger.undo(3)
+    with pytest.raises(EditError, match="has been changed since the model was loaded"):
+        edited.save_pretrained(tmp_path / "N")
+    assert not (tmp_path / "N").exists()
+
+
 class Hub:
     """The calls that `push_to_hub` makes, and what stood in the folder at that moment."""
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errata.edits import Edit, EditError, Stack
-from errata.edits.ledger import DATABASE, OBJECTS, SCHEMA, Ledger, New
-from tests.edits.test_edits import assert_same, make_edit, weights
+from errata.edits.errors import LedgerBusy, LedgerDamaged
+from errata.edits.ledger import DATABASE, LOCK, OBJECTS, SCHEMA, Ledger, New
+from errata.facts import EditCase, Fact, Probe
+from tests.edits.test_edits import assert_same, some_deltas, weights
 from tests.edits.test_edits import make_lm as bare_lm
 from tests.families import language_model
-from tests.methods.test_contract import FACT, method, same, state
+from tests.methods.test_contract import AGAIN, FACT, method, same, state
 
 
 def make_lm(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     lm = bare_lm(dtype, **changes)
     lm.dtype = dtype
     return lm
+
+
+def make_edit(lm: Any, seed: int = 0) -> Edit:
+    """Each seed speaks of something else."""
+    return Edit(lm, some_deltas(seed), [fact(seed)], {"name": "toy", "lr": 0.1})
+
+
+def fact(number: int, target: str = "Lyon") -> Fact:
+    return Fact(f"The capital number {number} of {{}} is", "France", target)
 
 
 def filled(folder: Path, count: int = 4, lm: Any = None) -> Any:
@@ -100,7 +114,7 @@ def test_three_methods_undone_and_redone_at_random(steps: list[str], draw: Any, 
             else:
                 session = method(step, **({"steps": 3} if step != "ft-m" else {})).start(lm)
                 session.resume(applied)
-                made = session.propose([FACT])
+                made = session.propose([fact(len(ledger.entries()))])
                 ledger.add(New(made))
                 made.apply()
                 applied.append(made)
@@ -127,8 +141,8 @@ def test_memories_leave_from_the_last_one_back(tmp_path: Path) -> None:
     lm = language_model("llama")
     session = method("melo", steps=2).start(lm)
     with Ledger.write(tmp_path / "ledger", lm) as ledger:
-        for _ in range(2):
-            made = session.edit([FACT])
+        for one in (FACT, AGAIN):
+            made = session.edit([one])
             ledger.add(New(made))
             made.apply()
         with pytest.raises(EditError, match="from the last one back"):
@@ -157,7 +171,7 @@ def test_one_step_for_an_edit_that_replaces_another(tmp_path: Path) -> None:
 def test_one_writer_and_many_readers(tmp_path: Path) -> None:
     lm = filled(tmp_path / "ledger", 1)
     with Ledger.write(tmp_path / "ledger") as ledger:
-        with pytest.raises(EditError, match="another process is writing"):
+        with pytest.raises(LedgerBusy, match="another process is writing"):
             Ledger.write(tmp_path / "ledger")
         with Ledger.open(tmp_path / "ledger") as reader:
             assert len(reader.entries()) == 1
@@ -181,10 +195,10 @@ def test_a_crash_between_tensors_and_row_leaves_no_trace(killed: bool, tmp_path:
             patch.setattr(Ledger, "_sweep", lambda _: None)
         with pytest.raises(ZeroDivisionError):
             ledger.add(New(make_edit(lm, 5)))
-        assert len(ledger.objects.names()) == 2 + killed
+        assert len(objects(folder)) == 2 + killed
     assert_same(now(folder), before)
     with Ledger.write(folder) as ledger:
-        assert ledger.verify(lm) == [] and len(ledger.objects.names()) == 2, "what nobody names is swept away"
+        assert ledger.verify(lm) == [] and len(objects(folder)) == 2, "what nobody names is swept away"
 
 
 @pytest.mark.parametrize("what", ["object", "row"])
@@ -222,6 +236,16 @@ def statement(text: str) -> Callable[[Path], None]:
     return run
 
 
+def happened(folder: Path, action: str, edit: int) -> None:
+    """An event, as it is written."""
+    with Ledger.write(folder) as ledger:
+        ledger._happened(action, edit, None)
+
+
+def objects(folder: Path) -> list[Path]:
+    return sorted((folder / OBJECTS).glob("??/[!.]*"))
+
+
 def first_object(folder: Path) -> Path:
     return min((folder / OBJECTS).glob("*/*"))
 
@@ -235,12 +259,24 @@ def first_object(folder: Path) -> Path:
         (statement("UPDATE edits SET facts = replace(facts, 'Lyon', 'Nice') WHERE number = 2"), "row of edit 2"),
         (statement("UPDATE edits SET active = 0 WHERE number = 1"), "row of edit 1"),
         (statement("DELETE FROM events WHERE edit = 1"), None),
-        (statement("INSERT INTO events (at, action, edit) VALUES ('now', 'undone', 1)"), "not what happened to it last"),
+        (lambda folder: happened(folder, "undone", 1), "not what happened to it last"),
+        (lambda folder: happened(folder, "made", 2), "was not made once"),
+        (lambda folder: happened(folder, "undone", 9), "event 4 is of edit 9"),
+        (statement("DELETE FROM edits WHERE number = 3"), "edits should be numbered from 1 to 3, and there are 2"),
+        (statement("DELETE FROM events WHERE number = 3"), "events should be numbered from 1 to 3"),
+        (statement("DELETE FROM rejections"), "rejections should be numbered from 1 to 1"),
+        (statement("UPDATE rejections SET reason = 'no reason'"), "the row of rejection 1"),
+        (statement("UPDATE events SET at = 'earlier' WHERE number = 2"), "the row of event 2"),
+        (statement("UPDATE base SET name = 'other'"), "the row that names its model"),
+        (statement("DELETE FROM base"), "does not name its model any more"),
+        (statement("UPDATE edits SET facts = x'00ff' WHERE number = 2"), "row of edit 2"),
         (lambda folder: flip(folder / DATABASE, 4096 + 3), "ledger.sqlite"),
     ],
 )
 def test_verify_finds_what_is_damaged(damage: Callable[[Path], None], says: str | None, tmp_path: Path) -> None:
     lm, folder = filled(tmp_path / "ledger", 3), tmp_path / "ledger"
+    with Ledger.write(folder) as ledger:
+        ledger.reject("r", [FACT], "for a test")
     damage(folder)
     with Ledger.open(folder) as ledger:
         for problems in (ledger.verify(), ledger.verify(lm)):
@@ -291,12 +327,103 @@ def test_what_is_no_ledger_says_so(tmp_path: Path) -> None:
     (tmp_path / "other" / DATABASE).write_text("not a database, but long enough to be looked at as one" * 10)
     with pytest.raises(EditError, match="not a database"):
         Ledger.open(tmp_path / "other")
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / DATABASE).touch()
-    with pytest.raises(EditError, match="never begun"):
-        Ledger.open(tmp_path / "begun")
-    with Ledger.write(tmp_path / "begun", make_lm()) as ledger:
-        assert ledger.entries() == []
+    statement("PRAGMA user_version = 0")(tmp_path / "ledger")
+    for opened in (Ledger.open, Ledger.write):
+        with pytest.raises(LedgerDamaged, match="schema 0"):
+            opened(tmp_path / "ledger")
+
+
+def test_a_ledger_that_was_never_begun_is_none(tmp_path: Path) -> None:
+    """What a process leaves that is killed before its first edit: a lock, a draft, at worst an empty file."""
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    for name in (DATABASE, LOCK, f".{DATABASE}.123.tmp", f".{DATABASE}.123.tmp-journal"):
+        (folder / name).touch()
+    with pytest.raises(EditError, match="holds no ledger"):
+        Ledger.open(folder)
+    with Ledger.write(folder, make_lm()) as ledger:
+        assert ledger.entries() == [] and ledger.verify() == []
+    assert {path.name for path in folder.iterdir()} <= {DATABASE, LOCK}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), more=st.integers(0, 2000))
+def test_a_flipped_bit_is_found_or_changes_nothing(
+    place: float, bit: int, more: int, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Anywhere in the database: `verify` names it, or every word that is read is what it was."""
+    folder = tmp_path_factory.mktemp("flip") / "ledger"
+    shutil.copytree(whole, folder)
+    path = folder / DATABASE
+    raw = bytearray(path.read_bytes())
+    before = everything(folder)
+    at = int(place * len(raw))
+    for byte in (at, (at + more) % len(raw)) if more else (at,):
+        raw[byte] ^= 1 << bit
+    path.write_bytes(raw)
+    try:
+        with Ledger.open(folder) as ledger:
+            found = ledger.verify()
+    except EditError:
+        return
+    assert found or everything(folder) == before
+
+
+def everything(folder: Path) -> list[Any]:
+    with Ledger.open(folder) as ledger:
+        return [ledger.base, ledger.checksum, ledger.entries(), ledger.events(), ledger.rejections()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger with something of everything in it, and nothing left in SQLite's log."""
+    folder = tmp_path_factory.mktemp("whole") / "ledger"
+    filled(folder, 6)
+    with Ledger.write(folder) as ledger:
+        ledger.undo(2, reason="withdrawn")
+        for number in range(4):
+            ledger.reject(f"request {number}", [fact(number)], "for a test", {"before": {"fact": 0.5}})
+    return folder
+
+
+def test_an_edit_does_not_come_back_beside_one_that_speaks_of_the_same(tmp_path: Path) -> None:
+    lm, folder = make_lm(), tmp_path / "ledger"
+    other = Edit(lm, some_deltas(7), [fact(0, "Nice")], {"name": "toy"})
+    again = Edit(lm, some_deltas(8), [fact(0)], {"name": "toy"})
+    wording = EditCase("0", (fact(2),), (Probe("the CAPITAL number 1 of France is", ("Rome",)),))
+    reworded = Edit(lm, some_deltas(9), [fact(2)], {"name": "toy"})
+    with Ledger.write(folder, lm) as ledger:
+        ledger.add(New(make_edit(lm, 0)), New(make_edit(lm, 1)))
+        ledger.undo(1, 2)
+        ledger.add(New(other), New(reworded, cases=[wording]))
+        with pytest.raises(EditError, match=r"edit 1 says 'Lyon' where edit 3 says 'Nice'; undo 3 first"):
+            ledger.redo(1)
+        with pytest.raises(EditError, match=r"edit 2 says 'Lyon' where edit 4 says 'Rome'"):
+            ledger.redo(2)
+        ledger.undo(3)
+        ledger.add(New(again))
+        with pytest.raises(EditError, match=r"edit 5 says already what edit 1 says; undo 5 first"):
+            ledger.redo(1)
+        assert [entry.number for entry in ledger.entries(active=True)] == [4, 5] and ledger.verify(lm) == []
+        assert ledger.entry(4).cases[0].rephrases == wording.rephrases, "rephrasings are kept"
+        with pytest.raises(EditError, match="does not answer the requests"):
+            ledger.add(New(other, cases=[wording]))
+
+
+def test_a_copy_has_all_of_it(tmp_path: Path) -> None:
+    lm, folder = filled(tmp_path / "ledger", 3), tmp_path / "ledger"
+    with Ledger.write(folder) as ledger:
+        ledger.undo(2, reason="withdrawn")
+        ledger.copy(tmp_path / "copy")
+        with pytest.raises(EditError, match="holds a ledger already"):
+            ledger.copy(folder)
+    assert everything(tmp_path / "copy") == everything(folder)
+    with Ledger.write(tmp_path / "copy", lm) as ledger:
+        assert ledger.verify(lm) == []
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {DATABASE, LOCK, OBJECTS}
+    first_object(folder).unlink()
+    with Ledger.open(folder) as ledger, pytest.raises(LedgerDamaged, match="is missing"):
+        ledger.copy(tmp_path / "other")
 
 
 def test_refs_that_fit_nothing_or_too_much(tmp_path: Path) -> None:
@@ -320,9 +447,43 @@ def test_a_model_with_edits_is_refused(tmp_path: Path) -> None:
         ledger.apply(lm)
 
 
-def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def nothing_may_be_written(folder: Path) -> Iterator[None]:
+    """Root may write everywhere, so it is somebody else for as long."""
+    places = [folder, *folder.rglob("*")]
+    for place in places:
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for place in places:
+            if place.exists():
+                place.chmod(0o755 if place.is_dir() else 0o644)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_a_folder_that_may_only_be_read() -> None:
     """As on a mounted image: SQLite may not put its files for sharing beside the database."""
-    filled(tmp_path / "ledger", 2)
-    expected = now(tmp_path / "ledger")
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert_same(now(tmp_path / "ledger"), expected)
+    with tempfile.TemporaryDirectory() as place:  # pytest's own are closed to others
+        Path(place).chmod(0o755)
+        folder, copy = Path(place) / "ledger", Path(place) / "copy"
+        lm = filled(folder, 2)
+        expected = everything(folder)
+        with nothing_may_be_written(folder):
+            assert everything(folder) == expected
+            with pytest.raises(PermissionError):
+                Ledger.write(folder)
+        with Ledger.write(folder) as ledger:
+            ledger.add(New(make_edit(lm, 5)))
+            shutil.copytree(folder, copy)  # while a writer has it open: what is new lies in SQLite's log
+            expected = everything(folder)
+        with nothing_may_be_written(copy):
+            assert everything(copy) == expected
+        (copy / f"{DATABASE}-shm").unlink()
+        with nothing_may_be_written(copy), pytest.raises(EditError, match=r"its last changes lie in ledger\.sqlite-wal"):
+            Ledger.open(copy)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from errata.cli.app import app
+from errata.edits.errors import LedgerBusy, LedgerDamaged, LedgerUnopened
 
 STOPPED = 130  # as a shell reports Ctrl-C
 
@@ -51,6 +52,8 @@ def _code(error: Exception) -> int:
     """2 where another request is the way out: misused options, what errata refuses, files that are not there."""
     if isinstance(error, typer.TyperException):
         return error.exit_code
+    if isinstance(error, LedgerBusy | LedgerDamaged | LedgerUnopened):
+        return 1
     refused = isinstance(error, ValueError) and _ours(error)
     return 2 if refused or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1
 

@@ -92,7 +92,7 @@ def ask(
     """What the model says, before and after the edits, side by side."""
     _folder(edits)
     _threads(threads)
-    lm = _load(model, device, dtype)
+    lm = _load(model, device, dtype or _dtype(edits))
     rows: list[dict[str, str]] = [{"prompt": prompt, "before": lm.complete(prompt, max_new_tokens=max_new_tokens)} for prompt in prompts]
     if made := _edits(edits, lm):
         with made.applied_():
@@ -137,7 +137,7 @@ def evaluate(
         data_dir = data_dir or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
         names = abilities.asked(tasks, variant, data_dir, limit or 100)
         _threads(threads)
-        lm = _load(model, device, dtype)
+        lm = _load(model, device, dtype or _dtype(edits))
         able = abilities.run(lm, _edits(edits, lm), names, variant, limit or 100, data_dir)
         show.json_out(able) if as_json else abilities.tell(able)
         return
@@ -151,7 +151,7 @@ def evaluate(
 
         cases = load_cases(data, data_dir=data_dir, limit=limit, split=split)
     _threads(threads)
-    lm = _load(model, device, dtype)
+    lm = _load(model, device, dtype or _dtype(edits))
     made = _edits(edits, lm)
     if cases is None:
         from errata.bench.knowledge import measure
@@ -304,6 +304,15 @@ def _edits(folder: Path | None, lm: LanguageModel) -> Edit | None:
     from errata.edits.edited import read_edits, together
 
     return None if folder is None else together(lm, read_edits(folder, lm))
+
+
+def _dtype(edits: Path | None) -> str | None:
+    """The one that a folder of edits was made in, None if there is none, or it does not say."""
+    if edits is None:
+        return None
+    from errata.edits.edited import base_of
+
+    return base_of(edits).dtype or None
 
 
 def _threads(wanted: int | None) -> None:

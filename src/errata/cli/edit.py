@@ -60,7 +60,8 @@ def edit(
     as_json: JsonOption = False,
 ) -> None:
     """Correct facts and keep it in a ledger; the model itself is not written. Stopped at any moment, the same command goes on."""
-    from errata.corrections.requests import LOCALITY, REPHRASINGS, read_requests, request
+    from errata.corrections.requests import REPHRASINGS, read_requests, request
+    from errata.edits.rows import LOCALITY
 
     wanted = [Fact.parse(line) for line in fact or ()]
     if rephrase and (len(wanted) != 1 or facts):
@@ -77,7 +78,7 @@ def edit(
     from errata.bench.run import parts
     from errata.cli import explain
     from errata.corrections import Limits, correct
-    from errata.edits.ledger import Ledger, is_ledger
+    from errata.edits.ledger import Ledger, check_place, is_ledger
 
     editor, loss = parts(method, objective, settings)
     size = batch or (len(cases) if editor.for_sets else 1)
@@ -87,8 +88,8 @@ def edit(
     begun = is_ledger(out)
     ledger = Ledger.write(out) if begun else None  # before anything heavy is loaded: another may be writing
     try:
-        if ledger is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise PlanError(f"{out} exists already and is no ledger; give another --out")
+        if ledger is None:
+            check_place(out)
         _writable(out)
         lm = _load(model, device, dtype or (ledger.base.dtype if ledger else None))
         if ledger is None:

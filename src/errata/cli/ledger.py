@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from errata.bench.plan import PlanError
 from errata.cli import show as showing
 from errata.cli.app import DeviceOption, Failed, JsonOption, ThreadsOption, _load, _threads, app
 
 if TYPE_CHECKING:
-    from errata.edits.ledger import Entry, Ledger
+    from errata.edits.ledger import Ledger
+    from errata.edits.rows import Entry
 
 EditsArgument = Annotated[Path, typer.Argument(metavar="EDITS", help="The ledger that 'errata edit --out' wrote.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An edit's number, or the beginning of its id.")]
@@ -41,7 +43,9 @@ def log(
             told = [{k: v for k, v in entry.to_dict().items() if k not in ("diagnostics", "metrics")} for entry in entries]
             showing.json_out({"base": base._asdict(), "checksum": ledger.checksum, "edits": told})
             return
-        drawn = showing._with_columns(["#", "id", "made (UTC)", "state", "method", "fact", "note"], [])
+        drawn = showing._with_columns(["#", "id", "made (UTC)", "state", "method"], [])
+        for heading in ("fact", "note"):  # they give way where the terminal is narrow; what an edit is found by does not
+            drawn.add_column(heading, overflow="fold")
         for entry in entries:
             state = Text("active" if entry.active else "undone", style="" if entry.active else "dim")
             drawn.add_row(
@@ -68,15 +72,16 @@ def show(edits: EditsArgument, id: IdArgument, as_json: JsonOption = False) -> N
     rows |= {"state": "active" if entry.active else "undone", "method": _settings(entry.method)}
     rows |= {"objective": _settings(entry.objective) if entry.objective else None, "matrices": ", ".join(dict.fromkeys(told["matrices"]))}
     rows |= {"memory": told["memory"], "made on top of": entry.parent, "later edits on top of it": ", ".join(map(str, told["built_on_it"]))}
-    for when, values in (entry.metrics or {}).items():
-        rows[f"measured {when}"] = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    for when in ("before", "after"):
+        if values := (entry.metrics or {}).get(when):
+            rows[f"measured {when}"] = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     took = entry.diagnostics.get("seconds")
     rows |= {"steps": entry.diagnostics.get("steps"), "seconds": None if took is None else f"{took:.2f}"}
-    for event in history:
-        if event["action"] == "made":  # said above
-            continue
-        rows[f"{event['action']} at"] = f"{event['at']}{': ' + event['reason'] if event['reason'] else ''}"
-    showing.listing([{"name": name, "value": str(value)} for name, value in rows.items() if value not in (None, "")])
+    told_rows = [{"name": name, "value": str(value)} for name, value in rows.items() if value not in (None, "")]
+    for event in history:  # one may be undone and redone many times
+        if event["action"] != "made" or event["reason"]:
+            told_rows.append({"name": event["action"], "value": f"{event['at']}{': ' + event['reason'] if event['reason'] else ''}"})
+    showing.listing(told_rows)
 
 
 @app.command()
@@ -84,6 +89,10 @@ def undo(
     edits: EditsArgument,
     ids: IdsArgument,
     rebased: Annotated[bool, typer.Option("--rebase", help="Compute the edits anew that were computed on top of it.")] = False,
+    gate: Annotated[
+        Path | None, typer.Option(metavar="LIMITS.yaml", help="What an edit that is made again must not break (default: built-in limits).")
+    ] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Keep every edit that is made again, whatever it breaks.")] = False,
     reason: ReasonOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -91,18 +100,23 @@ def undo(
     as_json: JsonOption = False,
 ) -> None:
     """Take edits out, in any order: what stays is exactly what it would be had they never been applied."""
+    if (gate or no_gate) and not rebased:
+        raise PlanError("--gate and --no-gate are for what --rebase makes again; add --rebase, or leave them out")
+    if gate and no_gate:
+        raise PlanError("--gate and --no-gate contradict each other; give one")
     new: list[Entry] = []
     with _write(edits) as ledger:
-        numbers = [ledger.entry(id).number for id in ids]
+        numbers = list(dict.fromkeys(ledger.entry(id).number for id in ids))
         later = ledger.built_on(numbers)
         if rebased:
             _threads(threads)
-            from errata.corrections import rebase
+            from errata.corrections import Limits, rebase
 
+            limits = None if no_gate else Limits.read(gate)
             lm = _load(model or ledger.base.name, device, ledger.base.dtype)
             ledger.check_base(lm)
             with showing.progress("editing again") as report:
-                new = rebase(lm, ledger, numbers, reason, report)
+                new = rebase(lm, ledger, numbers, reason, report, limits)
         else:
             ledger.undo(*numbers, reason=reason)
         _changed(ledger, "undone", numbers, later, as_json, new)
@@ -112,7 +126,7 @@ def undo(
 def redo(edits: EditsArgument, ids: IdsArgument, reason: ReasonOption = None, as_json: JsonOption = False) -> None:
     """Put undone edits back into their places."""
     with _write(edits) as ledger:
-        numbers = [ledger.entry(id).number for id in ids]
+        numbers = list(dict.fromkeys(ledger.entry(id).number for id in ids))
         ledger.redo(*numbers, reason=reason)
         _changed(ledger, "redone", numbers, [], as_json, [])
 
@@ -126,11 +140,17 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Find a flipped bit, a missing file, another base model."""
-    with _open(edits) as ledger:
-        problems = ledger.verify()
-        if not problems and not no_model:
-            problems = ledger.verify(_load(model or ledger.base.name, device, ledger.base.dtype))
-        count = 0 if problems else len(ledger.entries())
+    from errata.edits.errors import LedgerDamaged
+
+    count = 0
+    try:
+        with _open(edits) as ledger:
+            problems = ledger.verify()
+            if not problems and not no_model:
+                problems = ledger.verify(_load(model or ledger.base.name, device, ledger.base.dtype))
+            count = 0 if problems else len(ledger.entries())
+    except LedgerDamaged as error:  # so much that it cannot even be opened
+        problems = [str(error)]
     if as_json:
         showing.json_out({"edits": str(edits), "problems": problems})
     elif not problems:
@@ -153,7 +173,9 @@ def diff(edits: EditsArgument, a: IdArgument, b: IdArgument, as_json: JsonOption
     if as_json:
         showing.json_out(told)
         return
-    drawn = showing._with_columns(["", f"edit {one.number}", f"edit {other.number}"], [])
+    drawn = showing._with_columns([""], [])
+    for entry in (one, other):
+        drawn.add_column(f"edit {entry.number}", overflow="fold")
     for name, (left, right) in told["settings"].items():
         drawn.add_row(name, str(left), str(right))
     showing._print(drawn)

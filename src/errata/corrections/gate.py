@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from errata.edits import EditError, Stack
-from errata.facts import EditCase
+from errata.facts import EditCase, FactError, check_text
 from errata.lm import Encoded, encode
 from errata.metrics import perplexity
 from errata.metrics.teacher_forced import agreement, predict
@@ -63,6 +64,8 @@ class Limits:
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                     raise EditError(f"{where}{field.name} must be a number of at least 0, got {value!r}")
+                if value > 1 and field.name != "perplexity":
+                    raise EditError(f"{where}{field.name} is a share, at most 1, got {value!r}; write 0.9 for 90 per cent")
             elif field.name == "text":
                 if value is not None and not (isinstance(value, str) and Path(value).is_file()):
                     raise EditError(f"{where}there is no file of text {value!r}")
@@ -70,7 +73,17 @@ class Limits:
                 raise EditError(f"{where}{field.name} must be a list of texts, got {value!r}")
             else:
                 values[field.name] = tuple(value)
+        for text in (*values["prompts"], *values["sentences"]):
+            try:
+                check_text(text)
+            except FactError as error:
+                raise EditError(f"{path}: {error}") from error
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; of a file of text the SHA-256, so that equal records mean equal limits."""
+        digest = hashlib.sha256(Path(self.text).read_bytes()).hexdigest() if self.text else None
+        return {**asdict(self), "text": digest}
 
 
 class Ordinary(NamedTuple):
@@ -90,7 +103,8 @@ class Gate:
         self.lm, self.limits = lm, limits
         with Stack.of(lm).aside_():
             self.answers = self._own_answers(limits.prompts)
-            source = texts(limits.text) if limits.text else texts(None, lm) if beside(lm) else limits.sentences
+            own = limits.sentences != Limits.read().sentences  # whoever writes sentences wants them read
+            source = texts(limits.text) if limits.text else limits.sentences if own or not beside(lm) else texts(None, lm)
             self.texts = perplexity.held_out(lm, source, tokens=TEXT_TOKENS)
             self.perplexity = perplexity.perplexity(lm, self.texts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -13,10 +14,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from errata import methods, objectives
 from errata.bench.making import finite, watched
 from errata.bench.plan import configure
-from errata.corrections.gate import Gate, Limits
+from errata.corrections.gate import Gate, Limits, Ordinary
 from errata.edits import DenseDelta, Edit, EditError, Stack
-from errata.edits.ledger import Entry, Ledger, New, request_of
-from errata.facts import EditCase, Fact, FactError
+from errata.edits.ledger import Ledger, New, request_of
+from errata.edits.rows import Entry, statements
+from errata.facts import EditCase, Fact, FactError, prompt_key
 from errata.lm import ModelError
 from errata.metrics.teacher_forced import predict
 
@@ -92,10 +94,12 @@ def rebase(
     numbers: Iterable[int],
     reason: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    limits: Limits | None = None,
 ) -> list[Entry]:
     """Undo edits, and compute those anew that were computed on top of them; the new entries. All of it in one step, or nothing.
 
-    Raises EditError, FactError or FloatingPointError where an edit cannot be made any more; then nothing was changed.
+    limits: what an edit that is made again must not break, None: it stays whatever it does.
+    Raises EditError where an edit cannot be made any more, or breaks a limit; then nothing was changed.
     """
     out = sorted(set(numbers))
     if undone := [entry.number for entry in map(ledger.entry, out) if not entry.active]:
@@ -108,23 +112,67 @@ def rebase(
     try:
         applied = [ledger.edit(entry, lm, keys=True) for entry in ledger.entries(active=True) if entry.number not in gone]
         stack.apply(*applied)
+        gate = Gate(lm, limits) if limits is not None and again else None
+        ordinary = gate.ordinary() if gate else None
         for done, entry in enumerate(again):
             key = json.dumps([entry.method, entry.objective, entry.seed], sort_keys=True)
             if key not in sessions:
                 sessions[key] = _method(entry).start(lm, _objective(entry), entry.seed)
                 sessions[key].resume(applied)
-            session, facts = sessions[key], list(entry.facts)
-            made = watched(lm.device, _seed(entry.seed, facts), lambda session=session, facts=facts: session.propose(facts)).edit  # type: ignore[misc]
-            made.apply()
-            finite(lm, made)
-            session.remember(made)
-            applied.append(made)
-            new.append(New(made, entry.seed, f"edit {entry.number}, made again without {', '.join(map(str, out))}"))
+            tried = _try(lm, sessions[key], entry.cases, entry.seed, gate, ordinary)
+            if tried.edit is None:
+                raise EditError(f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed")
+            ordinary = tried.ordinary
+            for session in sessions.values():  # the one that made it, and those that differ in the seed alone
+                session.resume([tried.edit])
+            applied.append(tried.edit)
+            why = f"edit {entry.number}, made again without {', '.join(map(str, out))}"
+            new.append(New(tried.edit, entry.seed, entry.note, entry.cases, why))
             if progress:
                 progress(done + 1, len(again), "made again")
     finally:
         stack.clear()
     return ledger.add(*new, undoing=sorted(gone), reason=reason)
+
+
+@dataclass
+class _Tried:
+    """An edit that is applied, or None where there is none, and the reason. taken: see `Gate.taken`; ordinary: as the model is now."""
+
+    edit: Edit | None
+    reason: str
+    metrics: dict[str, Any] | None
+    ordinary: Ordinary | None
+    taken: Sequence[float]
+
+
+def _try(
+    lm: LanguageModel, session: Session, cases: Sequence[EditCase], seed: int, gate: Gate | None, ordinary: Ordinary | None
+) -> _Tried:
+    """One edit of all the cases, on top of what is applied; taken out again where it breaks a limit."""
+    facts = [fact for case in cases for fact in case.facts]
+    made: Edit | None = None
+    tried = _Tried(None, "", None, ordinary, [1.0] * len(cases))
+    try:
+        before = {} if gate is None else gate.measure(cases, ordinary)
+        made = watched(lm.device, _seed(seed, facts), lambda: session.propose(facts)).edit
+        made.apply()
+        finite(lm, made)
+        if gate is not None:
+            tried.ordinary = gate.ordinary()
+            after = gate.measure(cases, tried.ordinary)
+            tried.metrics = {"before": _rounded(before), "after": _rounded(after)}
+            tried.reason, tried.taken = "; ".join(gate.broken(before, after)), gate.taken(cases)
+    except (FactError, EditError, ModelError, FloatingPointError, LinAlgError) as error:
+        tried.reason = str(error) or type(error).__name__
+    if made is not None and tried.reason:
+        if made.applied:
+            made.revert()
+        tried.ordinary = ordinary
+    elif made is not None:
+        made.metrics = tried.metrics
+        tried.edit = made
+    return tried
 
 
 class _Desk:
@@ -143,13 +191,23 @@ class _Desk:
     ) -> None:
         self.lm, self.ledger, self.method, self.objective, self.seed = lm, ledger, method, objective, seed
         self.limits, self.force, self.note = limits, force, note
-        other = max((event.number for event in ledger.events() if event.action in ("undone", "redone")), default=0)
+        self.limits_record = None if limits is None else limits.to_dict()
         self.contradictions = {(*map(str, one.facts), one.reason) for one in ledger.rejections()}
-        self.turned_down = {one.request: one.reason for one in ledger.rejections() if one.event >= other}  # since then it is another model
+        self.remembered = {one.request: (one.reason, one.event) for one in ledger.rejections()}
         self.gate: Gate | None = None
-        self.said: dict[str, tuple[int, str]] = {}  # prompt -> (edit, target) of the active ones
-        for entry in ledger.entries(active=True):
-            self._note(entry)
+        self.said: dict[str, dict[int, str]] = {}  # prompt -> edit -> target, of the active ones, with their rephrasings
+        self.held: dict[tuple[str, str], int] = {}  # (prompt, target) of their facts alone -> edit
+        self.asked: dict[str, str] = {}  # prompt -> target, of this call's requests that were not rejected
+        self.changed: dict[str, int] = {}  # prompt -> the last event of an edit that speaks about it
+        self.turned = 0  # the last event after which it is another model than one that edits alone would have made
+        entries = {entry.number: entry for entry in ledger.entries()}
+        for event in ledger.events():
+            self.turned = event.number if event.action in ("undone", "redone") else self.turned
+            if event.edit in entries:
+                self.changed |= dict.fromkeys(statements(entries[event.edit].cases), event.number)
+        for entry in entries.values():
+            if entry.active:
+                self._note(entry)
 
     def take_up(self, watch: Callable[[Session], None] | None = None, without: Iterable[int] = ()) -> None:
         """Bring model and session to where the ledger stands, but for some of its edits."""
@@ -170,87 +228,82 @@ class _Desk:
         """One edit, of those that may be made; what became of each."""
         outcomes: list[Outcome | None] = []
         wanted: dict[int, list[int]] = {}  # place among the cases -> the edits that it takes the place of
-        asked: dict[str, str] = {}
+        earlier: list[EditCase] = []
         for place, case in enumerate(cases):
-            looked = self._look(case, replace, asked)
+            looked = self._look(case, earlier, [*cases[:place], *cases[place + 1 :]], replace)
             outcomes.append(looked if isinstance(looked, Outcome) else None)
             if not isinstance(looked, Outcome):
                 wanted[place] = looked
-                asked |= {_key(fact.text): fact.target.strip() for fact in case.facts}
+            if not (isinstance(looked, Outcome) and looked.status == REJECTED):
+                earlier.append(case)
         if wanted:
-            made = self._try([cases[place] for place in wanted], sorted({number for instead in wanted.values() for number in instead}))
+            made = self._make({place: cases[place] for place in wanted}, cases, sorted({n for instead in wanted.values() for n in instead}))
             for place, outcome in zip(wanted, made, strict=True):
                 outcomes[place] = outcome
-        return [one for one in outcomes if one is not None]
+        told = [one for one in outcomes if one is not None]
+        for one in told:
+            if one.status != REJECTED:
+                self.asked |= statements([one.case])
+        return told
 
-    def _look(self, case: EditCase, replace: bool, asked: Mapping[str, str]) -> Outcome | list[int]:
-        """What a request comes to without an edit, or the edits that it takes the place of. asked: what its batch says, by prompt."""
-        instead = []
-        earlier = None if self.force else self.turned_down.get(self._request(case.facts))
-        if earlier is not None:
-            return Outcome(case, SKIPPED if earlier == KNOWN else REJECTED, f"before: {earlier}; force it to try again")
-        for fact in case.facts:
-            if (beside := asked.get(_key(fact.text))) is not None:
-                if beside == fact.target.strip():
-                    return Outcome(case, SKIPPED, "another request of its batch says so already")
-                return self._contradicted(case, f"another request of its batch says {beside!r} about the same; ask for one of them")
-            if not (there := self.said.get(_key(fact.text))):
-                continue
-            number, target = there
-            if target == fact.target.strip():
-                return Outcome(case, SKIPPED, f"edit {number} says so already", number)
-            if not replace:
-                return self._contradicted(case, f"edit {number} says {target!r} about the same; undo it, or replace it", number)
-            instead.append(number)
+    def _look(self, case: EditCase, earlier: Sequence[EditCase], beside: Sequence[EditCase], replace: bool) -> Outcome | list[int]:
+        """What a request comes to without an edit, or the edits that it takes the place of.
+
+        earlier: of its batch those before it that were not rejected; beside: the others of its batch.
+        First what this call has asked for, then what the ledger holds, then what it has turned down: so a file that is run again, whole or
+        from where it was stopped, comes to the same.
+        """
+        mine, facts = statements([case]), statements([case], rephrasings=False)
+        asked = self.asked | statements(earlier)
+        for prompt, target in [*mine.items(), *((prompt_key(fact.text), fact.target.strip()) for fact in case.facts)]:
+            if (said := asked.get(prompt, mine[prompt])) != target:
+                return self._contradicted(case, f"another request says {said!r} about the same; ask for one of them")
+        if all(told := [self.held.get(statement, 0) for statement in facts.items()]):
+            return Outcome(case, SKIPPED, f"edit {max(told)} says so already", max(told))
+        if not self.force and (reason := self._turned_down(case, beside)) is not None:
+            return Outcome(case, SKIPPED if reason == KNOWN else REJECTED, f"before: {reason}; force it to try again")
+        if facts.items() <= statements(earlier, rephrasings=False).items():
+            return Outcome(case, SKIPPED, "another request says so already")
+        instead = {n: said for prompt, target in mine.items() for n, said in self.said.get(prompt, {}).items() if said != target}
+        if instead and not replace:
+            number = max(instead)
+            return self._contradicted(case, f"edit {number} says {instead[number]!r} about the same; undo it, or replace it", number)
         try:
             for fact in case.facts:
                 if fact.subject:
                     _ = fact.subject_span  # raises where it does not occur
             known = not self.force and all(one.accuracy == 1 for one in predict(self.lm, [(f.text, f.target) for f in case.facts]))
         except (FactError, ModelError) as error:
-            self._remember_no([case], str(error))
+            self._remember_no(case, beside, str(error))
             return Outcome(case, REJECTED, str(error))
         if known and not instead:
-            self._remember_no([case], KNOWN)
+            self._remember_no(case, beside, KNOWN)
             return Outcome(case, SKIPPED, KNOWN)
-        return instead
+        return sorted(instead)
 
-    def _try(self, cases: Sequence[EditCase], instead: Sequence[int]) -> list[Outcome]:
+    def _make(self, wanted: Mapping[int, EditCase], batch: Sequence[EditCase], instead: Sequence[int]) -> list[Outcome]:
         """One edit of all of them, or none, and why."""
-        facts = [fact for case in cases for fact in case.facts]
+        cases = list(wanted.values())
         if instead:
             self.take_up(without=instead)
-        metrics: dict[str, Any] | None = None
-        made: Edit | None = None
-        ordinary, taken = self.ordinary, [1.0] * len(cases)
-        try:
-            before = {} if self.gate is None else self.gate.measure(cases, ordinary)
-            made = watched(self.lm.device, _seed(self.seed, facts), lambda: self.session.propose(facts)).edit
-            made.apply()
-            finite(self.lm, made)
-            reason = ""
-            if self.gate is not None:
-                ordinary = self.gate.ordinary()
-                after = self.gate.measure(cases, ordinary)
-                metrics = {"before": _rounded(before), "after": _rounded(after)}
-                reason, taken = "; ".join(self.gate.broken(before, after)), self.gate.taken(cases)
-        except (FactError, EditError, ModelError, FloatingPointError, LinAlgError) as error:
-            reason = str(error)
-        if made is None or reason:
-            if made is not None and made.applied:
-                made.revert()
-            self._remember_no(cases, reason, metrics)
+        tried = _try(self.lm, self.session, cases, self.seed, self.gate, self.ordinary)
+        if tried.edit is None:
+            for place, case in wanted.items():
+                self._remember_no(case, [*batch[:place], *batch[place + 1 :]], tried.reason, tried.metrics)
             if instead:
                 self.take_up()
-            return [Outcome(case, REJECTED, reason) for case in cases]
-        made.metrics = metrics
-        (entry,) = self.ledger.add(New(made, self.seed, self.note), undoing=instead, reason="replaced" if instead else None, replacing=True)
-        self.session.remember(made)
-        self._settle([made])
-        self.ordinary = ordinary
-        self.said = {prompt: there for prompt, there in self.said.items() if there[0] not in instead}
+            return [Outcome(case, REJECTED, tried.reason) for case in cases]
+        new = New(tried.edit, self.seed, self.note, cases)
+        (entry,) = self.ledger.add(new, undoing=instead, reason="replaced" if instead else None, replacing=True)
+        self.session.remember(tried.edit)
+        self._settle([tried.edit])
+        self.ordinary = tried.ordinary
+        for there in self.said.values():
+            for number in instead:
+                there.pop(number, None)
+        self.held = {statement: number for statement, number in self.held.items() if number not in instead}
         self._note(entry)
-        missed = [None if share >= 1 else f"only {share:.0%} of its tokens are said by edit {entry.number}" for share in taken]
+        missed = [None if share >= 1 else f"only {share:.0%} of its tokens are said by edit {entry.number}" for share in tried.taken]
         return [Outcome(case, MADE, why, entry.number) for case, why in zip(cases, missed, strict=True)]
 
     def _settle(self, made: Sequence[Edit]) -> None:
@@ -265,21 +318,25 @@ class _Desk:
             self.contradictions.add(told)
         return Outcome(case, REJECTED, reason, number)
 
-    def _remember_no(self, cases: Sequence[EditCase], reason: str, metrics: Mapping[str, Any] | None = None) -> None:
-        for case in cases:
-            self.ledger.reject(self._request(case.facts), case.facts, reason, metrics)
-            self.turned_down[self._request(case.facts)] = reason
+    def _turned_down(self, case: EditCase, beside: Sequence[EditCase]) -> str | None:
+        """Why the same request came to nothing before, if that still holds: what the model knew, it knows no more once it was edited."""
+        reason, event = self.remembered.get(self._request(case, beside), (None, 0))
+        edited = max(self.changed.get(prompt, 0) for prompt in statements([case]))
+        return None if event < self.turned or (reason == KNOWN and edited > event) else reason
 
-    def _request(self, facts: Sequence[Fact]) -> str:
-        return request_of(facts, json.loads(json.dumps(self.session.method.to_dict())), self.session.record(), self.seed)
+    def _remember_no(self, case: EditCase, beside: Sequence[EditCase], reason: str, metrics: Mapping[str, Any] | None = None) -> None:
+        request = self._request(case, beside)
+        self.ledger.reject(request, case.facts, reason, metrics)
+        self.remembered[request] = reason, sys.maxsize  # as long as this call lasts
+
+    def _request(self, case: EditCase, beside: Sequence[EditCase]) -> str:
+        method = json.loads(json.dumps(self.session.method.to_dict()))
+        return request_of(case, method, self.session.record(), self.seed, self.limits_record, beside)
 
     def _note(self, entry: Entry) -> None:
-        self.said |= {_key(fact.text): (entry.number, fact.target.strip()) for fact in entry.facts}
-
-
-def _key(prompt: str) -> str:
-    """The same for prompts that differ in case and white space alone."""
-    return " ".join(prompt.casefold().split())
+        for prompt, target in statements(entry.cases).items():
+            self.said.setdefault(prompt, {})[entry.number] = target
+        self.held |= dict.fromkeys(statements(entry.cases, rephrasings=False).items(), entry.number)
 
 
 def _seed(seed: int, facts: Sequence[Fact]) -> int:

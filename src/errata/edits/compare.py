@@ -10,7 +10,8 @@ from torch import Tensor
 
 from errata.edits.delta import Delta, LowRankDelta
 from errata.edits.edit import assembled
-from errata.edits.ledger import Entry, Ledger
+from errata.edits.ledger import Ledger
+from errata.edits.rows import Entry
 
 
 def compare(ledger: Ledger, one: Entry, other: Entry) -> dict[str, Any]:

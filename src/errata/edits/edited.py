@@ -12,7 +12,8 @@ from huggingface_hub import HfApi
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.export import FORMATS, MAX_RANK, Exported, export
-from errata.edits.ledger import LOCK, Base, Ledger, New, is_ledger
+from errata.edits.ledger import LOCK, Ledger, New, check_place, is_ledger
+from errata.edits.rows import Base
 from errata.edits.stack import Stack
 from errata.lm import loading
 
@@ -84,6 +85,8 @@ class EditedModel:
 
     def __init__(self, lm: LanguageModel, edits: Sequence[Edit]) -> None:
         self.lm, self.edits = lm, tuple(edits)
+        self._ledger: tuple[Path, str] | None = None
+        """Where they came from, and its checksum then."""
         Stack.of(lm).apply(*(edit for edit in self.edits if not edit.applied))
 
     def __repr__(self) -> str:
@@ -105,15 +108,30 @@ class EditedModel:
         folder = Path(name_or_path) if Path(name_or_path).exists() else loading.folder_of(str(name_or_path), download=True)
         base = base_of(folder)
         lm = loading.load(model or base.name, dtype=dtype or base.dtype or None, device=device)
-        return cls(lm, read_edits(folder, lm))
+        if not is_ledger(folder):
+            return cls(lm, read_edits(folder, lm))
+        with Ledger.open(folder) as ledger:
+            edited = cls(lm, ledger.edits(lm))
+            edited._ledger = folder.absolute(), ledger.checksum
+        return edited
 
     def save_pretrained(self, folder: str | Path, format: str = EDITS, max_rank: int = MAX_RANK) -> Exported:
-        """Write a new folder: "edits", which `from_pretrained` reads again, or one of the forms of `errata.edits.export.export`."""
+        """Write a new folder: "edits", which `from_pretrained` reads again, or one of the forms of `errata.edits.export.export`.
+
+        What came from a ledger is written as that whole ledger, history and undone edits too. Raises EditError if the folder is in use, or
+        that ledger has been changed meanwhile.
+        """
         if format == EDITS:
-            with Ledger.write(folder, self.lm) as ledger:
-                if ledger.entries():
-                    raise EditError(f"{folder} holds a ledger already; choose another place")
-                ledger.add(*map(New, self.edits))
+            if self._ledger is None:
+                check_place(Path(folder))
+                with Ledger.write(folder, self.lm) as ledger:
+                    ledger.add(*map(New, self.edits))
+            else:
+                place, checksum = self._ledger
+                with Ledger.open(place) as ledger:
+                    if ledger.checksum != checksum:
+                        raise EditError(f"the ledger {place} has been changed since the model was loaded with it; load it again")
+                    ledger.copy(folder)
             return Exported(str(folder), format, tuple(dict.fromkeys(delta.path for edit in self.edits for delta in edit.deltas)))
         if format not in FORMATS:
             raise EditError(f"unknown format {format!r}; there is {EDITS}, {', '.join(FORMATS)}")

@@ -85,7 +85,7 @@ def export(edits: Sequence[Edit], format: str, folder: str | Path, max_rank: int
         if edit.memory is not None:
             raise EditError(
                 f"{edit} keeps a memory beside the weights that is asked at run time: it is no weight to be exported; "
-                "serve it through errata (Edit.load), or make the edit with a method that writes into weights"
+                "serve it through errata (errata.load(…, edits=…)), or make the edit with a method that writes into weights"
             )
     if Stack.of(lm).active:
         raise EditError("the model has edits applied; revert() them first: an export is what the given edits do to the unedited model")
@@ -297,9 +297,9 @@ def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
 
 
 _MEASURED = (
-    "Measured before → after each edit, with all edits above it in the model: the share of the answers' tokens that it puts behind the "
-    "fact and its rephrasings, the share of its own answers to other prompts that stay (locality), and perplexity in multiples of the "
-    "unedited model's."
+    "Measured before → after each edit, with the edits in the model that were active then: the share of the answers' tokens that it puts "
+    "behind the fact and its rephrasings, the share of its own answers to other prompts that stay (locality), and perplexity in multiples "
+    "of the unedited model's."
 )
 
 

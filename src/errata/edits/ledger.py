@@ -9,24 +9,22 @@ first and named by a row afterwards, so a row never names what is not there.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
-from errata.disk import folders
-from errata.edits.errors import EditError
+from errata.disk import folders, replacing
+from errata.edits import rows
+from errata.edits.errors import EditError, LedgerBusy, LedgerDamaged, LedgerUnopened
 from errata.edits.objects import Objects
-from errata.facts import Fact
+from errata.edits.rows import FIELDS, OUT, SCHEMA, Base, Entry, Event, Rejection, Row, digest, sql, statements, text
+from errata.facts import EditCase, Fact
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit, Layout
@@ -34,105 +32,17 @@ if TYPE_CHECKING:
 
 DATABASE, LOCK, OBJECTS = "ledger.sqlite", "ledger.lock", "objects"
 
-SCHEMA = (
-    """
-    CREATE TABLE base (name TEXT NOT NULL, fingerprint TEXT NOT NULL, dtype TEXT NOT NULL);
-    CREATE TABLE edits (
-        number INTEGER PRIMARY KEY, id TEXT NOT NULL, made TEXT NOT NULL, facts TEXT NOT NULL, method TEXT NOT NULL,
-        objective TEXT NOT NULL, seed INTEGER NOT NULL, parent INTEGER, layout TEXT NOT NULL, tensors TEXT, memory TEXT,
-        diagnostics TEXT NOT NULL, metrics TEXT, note TEXT, active INTEGER NOT NULL, checksum TEXT NOT NULL
-    );
-    CREATE TABLE events (number INTEGER PRIMARY KEY, at TEXT NOT NULL, action TEXT NOT NULL, edit INTEGER NOT NULL, reason TEXT);
-    CREATE TABLE rejections (
-        number INTEGER PRIMARY KEY, at TEXT NOT NULL, request TEXT NOT NULL, facts TEXT NOT NULL, reason TEXT NOT NULL, metrics TEXT,
-        event INTEGER NOT NULL
-    )
-    """,
-)
-"""What brings a database from version n to n + 1, for n from 0 on. A newer errata appends to it, and older ledgers are brought up when they
-are next written to."""
-
-_FIELDS = (
-    "number", "id", "made", "facts", "method", "objective", "seed", "parent", "layout", "tensors", "memory", "diagnostics", "metrics",
-    "note", "active",
-)  # fmt: skip
-_Row = tuple[Any, ...]
-OUT = ("undone", "replaced")
-"""The actions after which an edit is not active."""
-
-
-class Base(NamedTuple):
-    """The model that a ledger is about."""
-
-    name: str
-    fingerprint: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One edit in the ledger.
-
-    number: its place in the order. id: names what it is (base, facts, method, objective, seed, tensors); made again, it is the same.
-    made: when, UTC. parent: the last edit that was active when it was made. note: who asked for it, or why.
-    metrics: what was measured before and after, if anything. layout, tensors, memory: what `Ledger.edit` reads.
-    """
-
-    number: int
-    id: str
-    made: str
-    facts: tuple[Fact, ...]
-    method: Mapping[str, Any]
-    objective: Mapping[str, Any] | None
-    seed: int
-    parent: int | None
-    layout: Layout
-    tensors: str | None
-    memory: Mapping[str, Any] | None
-    diagnostics: Mapping[str, Any]
-    metrics: Mapping[str, Any] | None
-    note: str | None
-    active: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        told = {"number": self.number, "id": self.id, "made": self.made, "active": self.active, "parent": self.parent, "note": self.note}
-        told |= {"facts": [fact.to_dict() for fact in self.facts], "method": self.method, "objective": self.objective, "seed": self.seed}
-        told |= {"matrices": [part["path"] for part in self.layout["deltas"]], "memory": self.memory and self.memory["kind"]}
-        return told | {"diagnostics": self.diagnostics, "metrics": self.metrics}
-
-
 class New(NamedTuple):
-    """An edit that is to be entered."""
+    """An edit that is to be entered.
+
+    cases: the requests that it answers; without any, each of its facts is one. reason: what is said of its being made.
+    """
 
     edit: Edit
     seed: int = 0
     note: str | None = None
-
-
-class Event(NamedTuple):
-    """What happened to an edit: "made", "undone", "redone", or "replaced" by a new one."""
-
-    number: int
-    at: str
-    action: str
-    edit: int
-    reason: str | None
-
-
-class Rejection(NamedTuple):
-    """A request that came to nothing, and why.
-
-    request: see `request_of`; empty if it may be asked for again. event: number of the last one before it, 0 if there was none.
-    """
-
-    number: int
-    at: str
-    request: str
-    facts: tuple[Fact, ...]
-    reason: str
-    metrics: Mapping[str, Any] | None
-    event: int
+    cases: Sequence[EditCase] = ()
+    reason: str | None = None
 
 
 class Ledger:
@@ -146,19 +56,13 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """To read. Raises EditError if there is no ledger, or one of a newer errata."""
+        """To read. Raises EditError if there is no ledger, or one of a newer errata, LedgerDamaged if it cannot be read."""
         folder = Path(folder)
         if not is_ledger(folder):
             raise EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
-        path = folder / DATABASE
-        # Where nothing may be written, SQLite cannot share the file with a writer; there is none, so it need not.
-        mode = "mode=ro" if os.access(folder, os.W_OK) else "mode=ro&immutable=1"
-        with _sql(path):
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)
-        ledger = cls(folder, connection, None)
+        ledger = cls(folder, _reader(folder / DATABASE), None)
         try:
-            if ledger._version() == 0:
-                raise EditError(f"{folder} holds a ledger that was never begun; make an edit: errata edit … --out {folder}")
+            ledger._version()
         except BaseException:
             ledger.close()
             raise
@@ -168,32 +72,34 @@ class Ledger:
     def write(cls, folder: str | Path, lm: LanguageModel | None = None) -> Self:
         """To change; with `lm`, a new one of that model if there is none.
 
-        Raises EditError if another process is writing, the folder is something else, the ledger is another model's or a newer errata's.
+        Raises LedgerBusy if another process is writing, EditError if the folder is something else, the ledger is another model's or a newer
+        errata's, LedgerDamaged if it cannot be read.
         """
         folder = Path(folder)
         if not is_ledger(folder):
             if lm is None:
                 raise EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
-            if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
-                raise EditError(f"{folder} exists already and is no ledger; give another place")
+            check_place(folder)
             folders(folder)
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            raise EditError(f"another process is writing to the ledger {folder}; wait until it is done, or stop it") from None
+            raise LedgerBusy(f"another process is writing to the ledger {folder}; wait until it is done, or stop it") from None
         path = folder / DATABASE
         try:
-            with _sql(path):
+            if lm is not None and not is_ledger(folder):
+                _begin(path, Base(lm.name, lm.fingerprint, _short(lm)))
+            with sql(path):
                 ledger = cls(folder, sqlite3.connect(path, isolation_level=None), lock)
         except BaseException:
             lock.release()
             raise
         try:
-            with _sql(path):
+            with sql(path):
                 ledger._connection.execute("PRAGMA journal_mode = WAL")
                 ledger._connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-            ledger._migrate(lm)
+            ledger._migrate()
             if lm is not None:
                 ledger.check_base(lm)
         except BaseException:
@@ -216,15 +122,15 @@ class Ledger:
     @property
     def base(self) -> Base:
         """The model that it is about."""
-        rows = self._all("SELECT name, fingerprint, dtype FROM base")
-        if len(rows) != 1 or not all(isinstance(text, str) for text in rows[0]):
-            raise EditError(f"{self.folder / DATABASE} does not name its model any more; put the ledger back from a backup")
-        return Base(*rows[0])
+        found = self._rows("base")
+        if len(found) != 1:
+            raise LedgerDamaged(f"{self._path} does not name its model any more; put the ledger back from a backup")
+        return rows.base_of(found[0], self._path)
 
     @property
     def checksum(self) -> str:
         """SHA-256 that names the weights it stands for: base and active edits, in their order."""
-        return _digest([self.base.fingerprint, *(row[0] for row in self._all("SELECT id FROM edits WHERE active ORDER BY number"))])
+        return digest([self.base.fingerprint, *(row[0] for row in self._all("SELECT id FROM edits WHERE active ORDER BY number"))])
 
     def check_base(self, lm: LanguageModel) -> None:
         """Raise EditError if it is another model's."""
@@ -237,30 +143,29 @@ class Ledger:
     # What is there
 
     def entries(self, active: bool | None = None) -> list[Entry]:
-        """All edits, or only the active or undone ones, in their order. Raises EditError for a row that is damaged."""
-        where = "" if active is None else f" WHERE active = {int(active)}"
-        return [_entry(row, self.folder) for row in self._all(f"{_SELECT}{where} ORDER BY number")]
+        """All edits, or only the active or undone ones, in their order. Raises LedgerDamaged for a row that is not what it was."""
+        where = "" if active is None else f"WHERE active = {int(active)}"
+        return [rows.entry_of(row, self._path) for row in self._rows("edits", where)]
 
     def entry(self, ref: int | str) -> Entry:
         """The edit of that number, or whose id begins so, by four characters or more. Raises EditError if there is none, or several."""
-        text = str(ref).removeprefix("#")
-        rows = self._all(f"{_SELECT} WHERE number = ?", int(text)) if text.isdecimal() else []
-        if not rows and len(text) >= 4:
-            rows = self._all(f"{_SELECT} WHERE substr(id, 1, ?) = ?", len(text), text)
-        if len(rows) != 1:
+        said = str(ref).removeprefix("#")
+        found = self._rows("edits", "WHERE number = ?", int(said)) if said.isdecimal() and len(said) < 19 else []
+        if not found and len(said) >= 4:
+            found = self._rows("edits", "WHERE substr(id, 1, ?) = ?", len(said), said)
+        if len(found) != 1:
             (count,) = self._all("SELECT count(*) FROM edits")[0]
-            many = f"{len(rows)} edits of {self.folder} begin" if rows else f"no edit of {self.folder} has the number or begins"
-            raise EditError(f"{many} with {text!r}; there are {count}, numbered from 1: see errata log {self.folder}")
-        return _entry(rows[0], self.folder)
+            many = f"{len(found)} edits of {self.folder} begin" if found else f"no edit of {self.folder} has the number or begins"
+            raise EditError(f"{many} with {said!r}; there are {count}, numbered from 1: see errata log {self.folder}")
+        return rows.entry_of(found[0], self._path)
 
     def events(self) -> list[Event]:
         """What happened, in its order."""
-        return [Event(*row) for row in self._all("SELECT number, at, action, edit, reason FROM events ORDER BY number")]
+        return [rows.event_of(row, self._path) for row in self._rows("events")]
 
     def rejections(self) -> list[Rejection]:
         """What came to nothing, in its order."""
-        rows = self._all("SELECT number, at, request, facts, reason, metrics, event FROM rejections ORDER BY number")
-        return [Rejection(n, at, request, _facts(facts), why, _read(metrics), event) for n, at, request, facts, why, metrics, event in rows]
+        return [rows.rejection_of(row, self._path) for row in self._rows("rejections")]
 
     def built_on(self, numbers: Iterable[int]) -> list[int]:
         """The active edits, others than these, that were made while one of them was in the model: they would be others without it."""
@@ -274,7 +179,7 @@ class Ledger:
     def edit(self, entry: Entry, lm: LanguageModel, keys: bool = False) -> Edit:
         """The edit itself, of the model of this ledger. keys: also those that it was solved with, which only a session needs that goes on.
 
-        Raises EditError if its tensors are missing or damaged, or the model is another.
+        Raises LedgerDamaged if its tensors are missing or not what they were, EditError if the model is another.
         """
         from errata.edits.edit import Edit, assembled  # torch: not for listing and undoing
         from errata.edits.memory import load_memory
@@ -288,7 +193,8 @@ class Ledger:
                 parts = {name: self.objects.get(place)["tensor"] for name, place in entry.memory["tensors"].items()}
                 memory = load_memory({**entry.memory, "tensors": parts})
         except (KeyError, TypeError) as error:
-            raise EditError(f"the tensors of edit {entry.number} of {self.folder} are not those that its row names ({error})") from error
+            said = f"the tensors of edit {entry.number} of {self.folder} are not those that its row names ({error})"
+            raise LedgerDamaged(f"{said}; put the ledger back from a backup") from error
         return Edit(lm, deltas, entry.facts, entry.method, entry.objective, entry.diagnostics, solved, memory, entry.metrics)
 
     def edits(self, lm: LanguageModel, keys: bool = False) -> list[Edit]:
@@ -311,6 +217,19 @@ class Ledger:
         stack.apply(*edits)
         return edits
 
+    def copy(self, folder: str | Path) -> None:
+        """All of it, history and undone edits too, as a new ledger. Raises EditError if the folder is in use, LedgerDamaged for what is not
+        what it was."""
+        folder = Path(folder)
+        check_place(folder)
+        needed = sorted({name for entry in self.entries() for name in entry.objects})
+        folders(folder)
+        into = Objects(folder / OBJECTS)
+        for name in needed:
+            into.take(name, self.objects)
+        with sql(folder / DATABASE), replacing(folder / DATABASE) as draft, closing(sqlite3.connect(draft)) as connection:
+            self._connection.backup(connection)
+
     # What can be done
 
     def add(self, *new: New, undoing: Iterable[int] = (), reason: str | None = None, replacing: bool = False) -> list[Entry]:
@@ -318,26 +237,16 @@ class Ledger:
 
         Raises EditError for an edit of another model, or a memory that does not go on from those of the active edits.
         """
+        base = self.base
         for one in new:
-            if one.edit.lm_fingerprint != self.base.fingerprint:
-                raise EditError(f"{one.edit} was made for another model than the ledger {self.folder} is about ({self.base.name!r})")
+            if one.edit.lm_fingerprint != base.fingerprint:
+                raise EditError(f"{one.edit} was made for another model than the ledger {self.folder} is about ({base.name!r})")
+            if one.cases and [fact for case in one.cases for fact in case.facts] != list(one.edit.facts):
+                raise EditError(f"{one.edit} does not answer the requests it is entered with; give the cases whose facts it holds")
         with self._sweeping(), self._transaction():
             kept = [self._kept(one.edit) for one in new]  # before any row names them
             self._set(list(undoing), "replaced" if replacing else "undone", reason)
-            (number,) = self._all("SELECT coalesce(max(number), 0) FROM edits")[0]
-            numbers = list(range(number + 1, number + 1 + len(new)))
-            for number, one, (layout, tensors, memory) in zip(numbers, new, kept, strict=True):
-                (parent,) = self._all("SELECT max(number) FROM edits WHERE active")[0]
-                edit, facts = one.edit, [fact.to_dict() for fact in one.edit.facts]
-                named = [self.base.fingerprint, facts, edit.method, edit.objective, one.seed, layout, tensors, memory]
-                row = (
-                    number, _digest(named)[:12], _now(), _json(facts), _json(edit.method), _json(edit.objective), one.seed, parent,
-                    _json(layout), tensors, memory and _json(memory), _json(edit.diagnostics), edit.metrics and _json(edit.metrics),
-                    one.note, 1,
-                )  # fmt: skip
-                marks = ", ".join("?" * (len(_FIELDS) + 1))
-                self._all(f"INSERT INTO edits ({', '.join(_FIELDS)}, checksum) VALUES ({marks})", *row, _checksum(row))
-                self._happened("made", number, None)
+            numbers = [self._enter(one, base, *parts) for one, parts in zip(new, kept, strict=True)]
             self._check_memories()
         return [self.entry(number) for number in numbers]
 
@@ -349,47 +258,51 @@ class Ledger:
             self._check_memories()
 
     def redo(self, *numbers: int, reason: str | None = None) -> None:
-        """Put edits back into their places in the order, in one step. Raises EditError if one is active already."""
+        """Put edits back into their places in the order, in one step. Raises EditError if one is active already, or another active edit
+        speaks of the same."""
         with self._transaction():
-            self._set(numbers, "redone", reason)
+            back = self._set(numbers, "redone", reason)
+            self._check_alone(back)
             self._check_memories()
 
     def reject(self, request: str, facts: Sequence[Fact], reason: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Record what came to nothing, and why."""
-        row = (_now(), request, _json([fact.to_dict() for fact in facts]), reason, metrics and _json(metrics))
-        last = "(SELECT coalesce(max(number), 0) FROM events)"
         with self._transaction():
-            self._all(f"INSERT INTO rejections (at, request, facts, reason, metrics, event) VALUES (?, ?, ?, ?, ?, {last})", *row)
+            last = self._last("events")
+            told = (text([fact.to_dict() for fact in facts]), reason, metrics and text(metrics))
+            self._insert("rejections", self._last("rejections") + 1, _now(), request, *told, last)
 
     def verify(self, lm: LanguageModel | None = None) -> list[str]:
-        """What is wrong with it, one line each: a damaged database or row, tensors that are missing or not what they were, states that do
-        not follow from what happened, another base model. Empty if all is well."""
+        """What is wrong with it, one line each: a damaged database or row, rows that are gone, tensors that are missing or not what they
+        were, states that do not follow from what happened, another base model. Empty if all is well."""
         problems: list[str] = []
         try:
-            problems += [f"{self.folder / DATABASE}: {row[0]}" for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
-            rows = self._all(f"{_SELECT} ORDER BY number")
-            happened = {event.edit: event.action for event in self.events()}
-            known = lm is not None and self.base.fingerprint == lm.fingerprint
-        except EditError as error:
+            problems += [f"{self._path}: {row[0]}" for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
+            problems += _told(lambda: self.base)
+            problems += [gap for table in FIELDS for gap in self._gaps(table)]
+            entries = self._each("edits", rows.entry_of, problems)
+            events = self._each("events", rows.event_of, problems)
+            self._each("rejections", rows.rejection_of, problems)
+            problems += _strayed(entries, events)
+        except EditError as error:  # not even a table can be read
             return [*problems, str(error)]
-        for row in rows:
-            try:
-                entry = _entry(row, self.folder)
-            except EditError as error:
-                problems.append(str(error))
-                continue
-            if (happened.get(entry.number, OUT[0]) not in OUT) != entry.active:
-                problems.append(f"edit {entry.number} is {'active' if entry.active else 'undone'}, which is not what happened to it last")
+        known = lm is not None and not problems and self.base.fingerprint == lm.fingerprint
+        for entry in entries:
+            about = f"edit {entry.number}: "
             if lm is not None and known:
-                problems += _told(lambda entry=entry: self.edit(entry, lm, keys=True), f"edit {entry.number}")
+                problems += _told(partial(self.edit, entry, lm, keys=True), about)
             else:
-                for name in _objects(entry):
-                    problems += _told(lambda name=name: self.objects.get(name), f"edit {entry.number}")
-        problems += _told(self._check_memories, "memories")
-        problems += _told(lambda: self.check_base(lm), "base") if lm is not None else []
+                problems += [problem for name in entry.objects for problem in _told(partial(self.objects.get, name), about)]
+        if not problems:
+            problems += _told(self._check_memories)
+            problems += _told(lambda: self.check_base(lm)) if lm is not None else []
         return problems
 
     # How
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / DATABASE
 
     def _kept(self, edit: Edit) -> tuple[Layout, str | None, dict[str, Any] | None]:
         """Its tensors, put away: layout and name of those of deltas and keys, and its memory with names in the place of tensors."""
@@ -398,58 +311,107 @@ class Ledger:
         if memory is not None:  # each by itself: what an edit has in common with the one before is there already
             memory["tensors"] = {name: self.objects.put({"tensor": tensor}) for name, tensor in memory["tensors"].items()}
         try:
-            _json([edit.method, edit.objective, edit.diagnostics, memory])
+            text([edit.method, edit.objective, edit.diagnostics, memory])
         except (TypeError, ValueError) as error:
             raise EditError(f"{edit} cannot be kept: method, objective and diagnostics must be plain JSON values ({error})") from error
         return layout, self.objects.put(tensors) if tensors else None, memory
 
-    def _set(self, numbers: Sequence[int], action: str, reason: str | None) -> None:
+    def _enter(self, new: New, base: Base, layout: Layout, tensors: str | None, memory: dict[str, Any] | None) -> int:
+        """Its row, and that it was made; its number."""
+        edit, facts = new.edit, [fact.to_dict() for fact in new.edit.facts]
+        cases = new.cases or [EditCase(str(number), (fact,)) for number, fact in enumerate(edit.facts)]
+        named = [base.fingerprint, facts, edit.method, edit.objective, new.seed, layout, tensors, memory]
+        (parent,) = self._all("SELECT max(number) FROM edits WHERE active")[0]
+        number = self._last("edits") + 1
+        self._insert(
+            "edits", number, digest(named)[:12], _now(), text(facts), text(rows.asked(cases)), text(edit.method), text(edit.objective),
+            new.seed, parent, text(layout), tensors, memory and text(memory), text(edit.diagnostics), edit.metrics and text(edit.metrics),
+            new.note, 1,
+        )  # fmt: skip
+        self._happened("made", number, new.reason)
+        return number
+
+    def _set(self, numbers: Sequence[int], action: str, reason: str | None) -> list[Entry]:
+        """Bring edits to that state; as they were before."""
         active = action not in OUT
-        for entry in [self.entry(number) for number in dict.fromkeys(numbers)]:
+        found = [self.entry(number) for number in dict.fromkeys(numbers)]
+        for entry in found:
             if entry.active == active:
                 raise EditError(f"edit {entry.number} of {self.folder} is {'active' if active else 'undone'} already; nothing was changed")
-            ((*row, _),) = self._all(f"{_SELECT} WHERE number = ?", entry.number)
+            ((*row, _),) = self._rows("edits", "WHERE number = ?", entry.number)
             row[-1] = int(active)
-            self._all("UPDATE edits SET active = ?, checksum = ? WHERE number = ?", int(active), _checksum(row), entry.number)
+            self._all("UPDATE edits SET active = ?, checksum = ? WHERE number = ?", int(active), rows.checksum("edits", row), entry.number)
             self._happened(action, entry.number, reason)
+        return found
 
     def _happened(self, action: str, number: int, reason: str | None) -> None:
-        self._all("INSERT INTO events (at, action, edit, reason) VALUES (?, ?, ?, ?)", _now(), action, number, reason)
+        self._insert("events", self._last("events") + 1, _now(), action, number, reason)
+
+    def _check_alone(self, back: Sequence[Entry]) -> None:
+        """Raise EditError if an edit that comes back says, doubles or contradicts what another active one says."""
+        active = [(other, statements(other.cases)) for other in self.entries(active=True)]
+        for entry in back:
+            mine = statements(entry.cases)
+            doubled = statements(entry.cases, rephrasings=False)
+            for other, theirs in active:
+                if other.number == entry.number:
+                    continue
+                instead = f"undo {other.number} first, or leave {entry.number} undone; nothing was changed"
+                for prompt in mine.keys() & theirs.keys():
+                    if mine[prompt] != theirs[prompt]:
+                        raise EditError(
+                            f"edit {entry.number} says {mine[prompt]!r} where edit {other.number} says {theirs[prompt]!r}; {instead}"
+                        )
+                if doubled.keys() & statements(other.cases, rephrasings=False).keys():
+                    raise EditError(f"edit {other.number} says already what edit {entry.number} says; {instead}")
 
     def _check_memories(self) -> None:
         """A memory holds those of all earlier edits of its session, so each must go on from the one before."""
         before: str | None = None
-        for number, text in self._all("SELECT number, memory FROM edits WHERE active AND memory IS NOT NULL ORDER BY number"):
-            memory = json.loads(text)
-            if memory["parent"] != before:
+        for row in self._rows("edits", "WHERE active AND memory IS NOT NULL"):
+            entry = rows.entry_of(row, self._path)
+            assert entry.memory is not None
+            if entry.memory["parent"] != before:
                 raise EditError(
-                    f"edit {number} keeps a memory beside the weights that holds those of earlier edits, and would not stand behind these: "
-                    "undo such edits from the last one back, redo them from the first one on, or undo with rebase; nothing was changed"
+                    f"edit {entry.number} keeps a memory beside the weights that holds those of earlier edits, and would not stand behind "
+                    "these: undo such edits from the last one back, redo them from the first one on, or undo with rebase; "
+                    "nothing was changed"
                 )
-            before = memory["id"]
+            before = entry.memory["id"]
 
-    def _migrate(self, lm: LanguageModel | None) -> None:
-        version = self._version()
-        if version == 0 and lm is None:
-            raise EditError(f"{self.folder} holds a ledger that was never begun; make an edit: errata edit … --out {self.folder}")
-        if version < len(SCHEMA):
+    def _gaps(self, table: str) -> list[str]:
+        """Rows are numbered from 1 on, and never removed."""
+        there, last = [number for (number,) in self._all(f"SELECT number FROM {table} ORDER BY number")], self._last(table)
+        if there == list(range(1, last + 1)):
+            return []
+        return [f"{self._path}: {table} should be numbered from 1 to {last}, and there are {len(there)}; put the ledger back from a backup"]
+
+    def _each(self, table: str, read: Callable[[Row, Path], Any], problems: list[str]) -> list[Any]:
+        """The rows that are whole; what is said of the others goes to the problems."""
+        found = []
+        for row in self._rows(table):
+            try:
+                found.append(read(row, self._path))
+            except LedgerDamaged as error:
+                problems.append(str(error))
+        return found
+
+    def _migrate(self) -> None:
+        if (version := self._version()) < len(SCHEMA):
             with self._transaction():
-                for script in SCHEMA[version:]:
-                    for statement in script.split(";"):
-                        self._all(statement)
-                if lm is not None and version == 0:
-                    self._all("INSERT INTO base VALUES (?, ?, ?)", lm.name, lm.fingerprint, _short(lm))
-                self._all(f"PRAGMA user_version = {len(SCHEMA)}")
+                _bring_up(self._connection, version)
         self._sweep()
 
     def _version(self) -> int:
         ((version,),) = self._all("PRAGMA user_version")
         if version > len(SCHEMA):
             raise EditError(f"{self.folder} has schema {version}, this errata reads up to {len(SCHEMA)}; install a newer errata")
+        if version < 1:
+            raise LedgerDamaged(f"{self._path} is no ledger's database, or damaged (schema {version}); put the ledger back from a backup")
         return int(version)
 
     def _sweep(self) -> None:
-        self.objects.sweep({name for entry in self.entries() for name in _objects(entry)})
+        self.objects.sweep({name for entry in self.entries() for name in entry.objects})
 
     @contextmanager
     def _sweeping(self) -> Iterator[None]:
@@ -475,65 +437,125 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _all(self, statement: str, *values: Any) -> list[_Row]:
-        with _sql(self.folder / DATABASE):
+    def _rows(self, table: str, where: str = "", *values: Any) -> list[Row]:
+        return self._all(f"SELECT {', '.join(FIELDS[table])}, checksum FROM {table} {where} ORDER BY number", *values)
+
+    def _last(self, table: str) -> int:
+        """The last number that was given."""
+        ((last,),) = self._all("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = ?", table)
+        if not isinstance(last, int):
+            raise LedgerDamaged(f"{self._path} does not know its last row any more; put the ledger back from a backup")
+        return last
+
+    def _insert(self, table: str, *values: Any) -> None:
+        with sql(self._path):
+            _insert(self._connection, table, *values)
+
+    def _all(self, statement: str, *values: Any) -> list[Row]:
+        with sql(self._path):
             return self._connection.execute(statement, values).fetchall()
 
 
 def is_ledger(folder: Path) -> bool:
-    """Whether the folder holds a ledger."""
-    return (folder / DATABASE).is_file()
+    """Whether the folder holds a ledger. Its database comes into being whole, so an empty one is none."""
+    path = folder / DATABASE
+    return path.is_file() and path.stat().st_size > 0
 
 
-def request_of(facts: Sequence[Fact], method: Mapping[str, Any], objective: Mapping[str, Any] | None, seed: int) -> str:
-    """Names a request: the same facts asked for in the same way."""
-    return _digest([[fact.to_dict() for fact in facts], method, objective, seed])
+def check_place(folder: Path) -> None:
+    """Raise EditError where a new ledger cannot be: what is there already, and is not the trace of one that was never begun."""
+    if is_ledger(folder):
+        raise EditError(f"{folder} holds a ledger already; give another place")
+    if folder.exists() and (not folder.is_dir() or not all(path.name == LOCK or DATABASE in path.name for path in folder.iterdir())):
+        raise EditError(f"{folder} exists already and is no ledger; give another place")
 
 
-_SELECT = f"SELECT {', '.join(_FIELDS)}, checksum FROM edits"
+def request_of(
+    case: EditCase,
+    method: Mapping[str, Any],
+    objective: Mapping[str, Any] | None,
+    seed: int,
+    limits: Mapping[str, Any] | None = None,
+    beside: Sequence[EditCase] = (),
+) -> str:
+    """Names a request: the same facts, rephrasings and locality prompts, asked for in the same way, together with the same others."""
+    told = [[fact.to_dict() for one in (case, *beside) for fact in one.facts], rows.asked([case, *beside])]
+    return digest([told, method, objective, seed, limits])
 
 
-def _entry(row: Sequence[Any], folder: Path) -> Entry:
-    *values, checksum = row
-    if _checksum(values) != checksum:
-        raise EditError(f"the row of edit {values[0]} in {folder / DATABASE} is damaged; put the ledger back from a backup")
-    field = dict(zip(_FIELDS, values, strict=True))
-    read = {name: _read(field[name]) for name in ("method", "objective", "layout", "memory", "diagnostics", "metrics")}
-    return Entry(**{**field, **read, "facts": _facts(field["facts"]), "active": bool(field["active"])})
+def _begin(path: Path, base: Base) -> None:
+    """A new database, which is there with everything in it or not at all."""
+    for left in path.parent.glob(f".{path.name}.*"):  # by one that was killed
+        left.unlink(missing_ok=True)
+    with sql(path), replacing(path) as draft, closing(sqlite3.connect(draft)) as connection:
+        _bring_up(connection, 0)
+        _insert(connection, "base", 1, *base)
+        connection.commit()
 
 
-def _objects(entry: Entry) -> list[str]:
-    """The names of its tensors."""
-    own = [] if entry.tensors is None else [entry.tensors]
-    return own if entry.memory is None else [*own, *entry.memory["tensors"].values()]
+def _bring_up(connection: sqlite3.Connection, version: int) -> None:
+    for script in SCHEMA[version:]:
+        for statement in script.split(";"):
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {len(SCHEMA)}")
 
 
-def _facts(text: str) -> tuple[Fact, ...]:
-    return tuple(Fact.from_dict(fact) for fact in json.loads(text))
+def _insert(connection: sqlite3.Connection, table: str, *values: Any) -> None:
+    marks = ", ".join("?" * (len(values) + 1))
+    row = (*values, rows.checksum(table, values))
+    connection.execute(f"INSERT INTO {table} ({', '.join(FIELDS[table])}, checksum) VALUES ({marks})", row)
 
 
-def _told(check: Any, about: str) -> list[str]:
+def _reader(path: Path) -> sqlite3.Connection:
+    """To read beside a writer; where SQLite may not put its files for sharing, as a file that does not change."""
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        with sql(path):
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)
+        try:
+            with sql(path):
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        except (PermissionError, LedgerUnopened) as error:
+            connection.close()
+            log = path.with_name(f"{path.name}-wal")
+            if "immutable" in mode:
+                raise
+            if log.exists() and log.stat().st_size:
+                raise EditError(
+                    f"{path} cannot be read here: its last changes lie in {log.name}, and nothing may be written beside it; "
+                    f"copy the folder to where you may write, or run 'errata verify {path.parent}' once as one who may"
+                ) from error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    raise AssertionError("one of the two was returned or raised")
+
+
+def _strayed(entries: Sequence[Entry], events: Sequence[Event]) -> list[str]:
+    """States that do not follow from what happened."""
+    problems = []
+    happened: dict[int, list[str]] = {entry.number: [] for entry in entries}
+    for event in events:
+        if event.edit in happened:
+            happened[event.edit].append(event.action)
+        else:
+            problems.append(f"event {event.number} is of edit {event.edit}, which cannot be read")
+    for entry in entries:
+        actions = happened[entry.number]
+        if actions[:1] != ["made"] or actions.count("made") != 1:
+            problems.append(f"edit {entry.number} was not made once, and first of all")
+        elif (actions[-1] not in OUT) != entry.active:
+            problems.append(f"edit {entry.number} is {'active' if entry.active else 'undone'}, which is not what happened to it last")
+    return problems
+
+
+def _told(check: Callable[[], object], about: str = "") -> list[str]:
     try:
         check()
     except EditError as error:
-        return [f"{about}: {error}"]
+        return [f"{about}{error}"]
     return []
-
-
-def _read(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(_json(value).encode()).hexdigest()
-
-
-def _checksum(row: Sequence[Any]) -> str:
-    return _digest(list(row))
 
 
 def _short(lm: LanguageModel) -> str:
@@ -542,17 +564,3 @@ def _short(lm: LanguageModel) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _sql(path: Path) -> Iterator[None]:
-    """SQLite's failures in our words."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        text = str(error)
-        if "full" in text:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if "readonly" in text or "read-only" in text:
-            raise PermissionError(errno.EACCES, "nothing may be written here", str(path)) from error
-        raise EditError(f"{path} cannot be read or written ({text}); if it is damaged, put the ledger back from a backup") from error

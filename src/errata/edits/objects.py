@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errata.disk import folders, replacing
-from errata.edits.errors import EditError
+from errata.edits.errors import LedgerDamaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,29 +39,32 @@ class Objects:
         return name
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """What was put under that name. Raises EditError if it is missing or damaged."""
-        from safetensors import SafetensorError
+        """What was put under that name. Raises LedgerDamaged if it is missing or not what it was."""
         from safetensors.torch import load
 
+        return load(self.read(name))
+
+    def read(self, name: str) -> bytes:
+        """The file of that name. Raises as `get`."""
         path = self.path(name)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise EditError(f"{path} is missing; put it back from a backup, or undo the edit that needs it") from None
+            raise LedgerDamaged(f"{path} is missing; put it back from a backup, or undo the edit that needs it") from None
         if hashlib.sha256(data).hexdigest() != name:
-            raise EditError(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup, or undo the edit that needs it")
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise EditError(f"{path} holds no tensors ({error}); put it back from a backup, or undo the edit that needs it") from error
+            raise LedgerDamaged(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup, or undo the edit of it")
+        return data
 
     def path(self, name: str) -> Path:
         """Where an object of that name lies."""
         return self.folder / name[:2] / f"{name}{SUFFIX}"
 
-    def names(self) -> set[str]:
-        """Of all that is there."""
-        return {path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"??/[!.]*{SUFFIX}")}
+    def take(self, name: str, other: Objects) -> None:
+        """Keep what another folder has under that name. Raises LedgerDamaged if it is missing or damaged there."""
+        data = other.read(name)
+        folders(self.path(name).parent)
+        with replacing(self.path(name)) as file:
+            file.write_bytes(data)
 
     def sweep(self, needed: set[str]) -> None:
         """Remove what nobody needs: what was written of an edit that never came to be."""
