@@ -26,11 +26,11 @@ GENERATED = 5
 VARIANTS = ("probability", "generate")
 
 
-class AbilityError(ValueError):
-    """A task that nobody knows, or tests that are missing or broken."""
-
-
 Scores = dict[str, float]
+
+
+class AbilityError(ValueError):
+    """A task or variant that nobody knows, or tests that are missing or broken."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def measure(
     f1: the F1 of each label, weighted by how often the label is right; mcc (CoLA alone): Matthews' correlation.
     Other tasks of the harness have the harness's own numbers, as fractions in per cent.
 
-    Raises AbilityError for an unknown task or a broken file, ImportError without lm-eval, ValueError for an unknown variant.
+    Raises AbilityError for an unknown task or variant, or a broken file, ImportError without lm-eval.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; there is {', '.join(VARIANTS)}")
+        raise AbilityError(f"unknown variant {variant!r}; there is {', '.join(VARIANTS)}")
     known = {name: read(name, data_dir, limit) for name in tasks if name in TASKS}  # before minutes of loading
     if find_spec("lm_eval") is None:
         raise ImportError("general ability is measured with lm-eval; install errata[ability]")
