@@ -118,7 +118,7 @@ def greedy(lm: LanguageModel, lengths: Mapping[Ids, int], batch_size: int) -> di
         open_ = [prompt for prompt, length in lengths.items() if length > step]
         texts = [Encoded((*prompt, *said[prompt], lm.pad_id), len(prompt) + step) for prompt in open_]  # the last token is not looked at
         for chosen in batches(texts, batch_size):
-            tokens = lm.target_logits(lm.batch([texts[i] for i in chosen]))[:, 0].argmax(-1).tolist()
+            tokens = lm.target_logits(lm.batch([texts[i] for i in chosen]).without_last())[:, 0].argmax(-1).tolist()
             for i, token in zip(chosen, tokens, strict=True):
                 said[open_[i]] += (token,)
     return said
@@ -212,7 +212,7 @@ def served_together(answers: Iterable[Ids]) -> list[list[Ids]]:
 
 def _tokens(lm: LanguageModel, batch: Batch, answers: Sequence[tuple[int, Ids]]) -> list[_Reading]:
     """The readings of (row of the batch, answer), from one forward pass."""
-    logits = lm.target_logits(batch)  # [B, Tm, V]
+    logits = lm.target_logits(batch.without_last())  # [B, Tm, V]
     places = [(row, column, token) for row, answer in answers for column, token in enumerate(answer)]
     rows, columns, ids = torch.tensor(places, device=logits.device).unbind(-1)  # [N] each
     top: list[bool] = (logits.argmax(-1)[rows, columns] == ids).tolist()
