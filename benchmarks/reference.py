@@ -1,4 +1,4 @@
-"""The metrics from their definitions, slowly: what errata's evaluation is compared with, for its numbers (a test) and its time (evaluation.py).
+"""The metrics from their definitions, slowly: what errata's evaluation is compared with, for its numbers (a test) and time (evaluation.py).
 
 One text at a time: a forward pass of the whole text with all its logits, no batch, no padding, no cache, and a Python loop over the
 answer's tokens. Of errata it takes the cases and nothing else: neither its encoding nor its metrics.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean
 from typing import Any
 
 import torch
@@ -155,5 +156,5 @@ def probability_table(cases: Sequence[Mapping[str, float | None]]) -> Shares:
         table[name] = 100 * mean(there) if there else None
     for kind in ("top", "larger"):
         parts = [value for name, value in table.items() if name.endswith(kind) and value is not None]
-        table[f"score_{kind}"] = (0.0 if 0 in parts else len(parts) / math.fsum(1 / part for part in parts)) if parts else None
+        table[f"score_{kind}"] = harmonic_mean(parts) if parts else None
     return table
