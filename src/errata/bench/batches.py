@@ -22,6 +22,7 @@ from errata.lm import ModelError
 from errata.methods.base import Method
 from errata.metrics import generation, teacher_forced
 from errata.metrics.strips import strips
+from errata.metrics.teacher_forced import wide
 
 if TYPE_CHECKING:
     from errata.bench.folder import Record
@@ -103,7 +104,7 @@ def _unedited(lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> d
     """Ask the unedited model what it was not asked yet. Case id -> why it cannot be asked."""
     missing = [case for case in cases if case.id not in before]
     try:
-        before |= teacher_forced.unedited(lm, missing, ROWS, together=wide(lm))
+        before |= teacher_forced.unedited(lm, missing, ROWS)
         return {}
     except ModelError:  # one of the texts is too long: which one?
         wrong = {}
@@ -115,12 +116,6 @@ def _unedited(lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> d
         return wrong
 
 
-def wide(lm: LanguageModel) -> bool:
-    """Whether what stands in a batch together changes rounding only. In half precision it may change an answer, so there the measurement
-    goes one by one, with each edit written into the weights."""
-    return lm.dtype in (torch.float32, torch.float64)
-
-
 def _measured(
     lm: LanguageModel,
     cases: Mapping[str, EditCase],
@@ -129,7 +124,8 @@ def _measured(
     seed: int,
     wrong: dict[str, str],
 ) -> dict[str, tuple[dict[str, Any], float]]:
-    """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by one."""
+    """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by
+    one; in half precision all do, with each edit written into the weights."""
     beside = [case for case in cases.values() if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
     found: dict[str, tuple[dict[str, Any], float]] = {}
     if len(beside) > 1:

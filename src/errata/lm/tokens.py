@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -158,6 +158,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def without_last(self) -> Batch:
+        """The same without the last column: nothing that is asked for is predicted from it. `subject_last` must not lie there."""
+        return replace(self, input_ids=self.input_ids[:, :-1], attention_mask=self.attention_mask[:, :-1])
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:

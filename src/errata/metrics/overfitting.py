@@ -151,10 +151,10 @@ class Lens:
     def _written(self, batch_size: int) -> dict[int, tuple[float, ...]]:
         """Probe -> log-likelihood of the model's own greedy tokens, as many as its answer has."""
         prompts = {i: self._encoded[i].prompt_ids for i in self._strips}
-        lengths: dict[tuple[int, ...], int] = {}
+        drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
         for i, prompt in prompts.items():
-            lengths[prompt] = max(lengths.get(prompt, 0), len(self._encoded[i].target_ids))
-        said = greedy(self.lm, lengths, batch_size)
+            drafts[prompt] = max(self._encoded[i].target_ids, drafts.get(prompt, ()), key=len)
+        said = greedy(self.lm, drafts, batch_size)
         own = {}
         for i, prompt in prompts.items():
             text = Encoded((*prompt, *said[prompt][: len(self._encoded[i].target_ids)]), len(prompt))

@@ -92,35 +92,41 @@ def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BAT
     Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
     """
     asked = {case.id: _questions(case) for case in cases}
-    wanted: dict[str, dict[str, list[tuple[Ids, int]]]] = {}
-    longest: dict[Ids, int] = {}  # neighbours are shared by many cases: each prompt is answered once, at the greatest length
+    wanted: dict[str, dict[str, list[tuple[Ids, Ids]]]] = {}
+    longest: dict[Ids, Ids] = {}  # neighbours are shared by many cases: each prompt is answered once, at the greatest length
     for case, kinds in asked.items():
-        wanted[case] = {kind: [_prompt_and_length(lm, question) for question in questions] for kind, questions in kinds.items()}
-        for prompt, length in (pair for pairs in wanted[case].values() for pair in pairs):
-            longest[prompt] = max(length, longest.get(prompt, 0))
+        wanted[case] = {kind: [_prompt_and_record(lm, question) for question in questions] for kind, questions in kinds.items()}
+        for prompt, record in (pair for pairs in wanted[case].values() for pair in pairs):
+            longest[prompt] = max(record, longest.get(prompt, ()), key=len)
     said = greedy(lm, longest, batch_size)
     return {
-        case: {kind: [list(said[prompt][:length]) for prompt, length in pairs] for kind, pairs in kinds.items()}
+        case: {kind: [list(said[prompt][: len(record)]) for prompt, record in pairs] for kind, pairs in kinds.items()}
         for case, kinds in wanted.items()
     }
 
 
-def _prompt_and_length(lm: LanguageModel, question: _Question) -> tuple[Ids, int]:
+def _prompt_and_record(lm: LanguageModel, question: _Question) -> tuple[Ids, Ids]:
     encoded = encode(lm.tokenizer, question.prompt, question.recorded)
-    return encoded.prompt_ids, len(encoded.target_ids)
+    return encoded.prompt_ids, encoded.target_ids
 
 
 @torch.no_grad()
-def greedy(lm: LanguageModel, lengths: Mapping[Ids, int], batch_size: int) -> dict[Ids, Ids]:
-    """Prompt -> so many greedy tokens. Through the same call that scores them later, so that the unedited model agrees with itself."""
-    said: dict[Ids, Ids] = dict.fromkeys(lengths, ())
-    for step in range(max(lengths.values(), default=0)):
-        open_ = [prompt for prompt, length in lengths.items() if length > step]
-        texts = [Encoded((*prompt, *said[prompt], lm.pad_id), len(prompt) + step) for prompt in open_]  # the last token is not looked at
+def greedy(lm: LanguageModel, drafts: Mapping[Ids, Ids], batch_size: int) -> dict[Ids, Ids]:
+    """Prompt -> as many greedy tokens as its draft has. Through the same call that scores them later, so that the unedited model agrees
+    with itself.
+
+    A draft is a guess, and saves time where it is right: one pass checks all of it, up to the first token that the model would not say.
+    """
+    said: dict[Ids, Ids] = dict.fromkeys(drafts, ())
+    while open_ := [prompt for prompt, draft in drafts.items() if len(said[prompt]) < len(draft)]:
+        texts = [Encoded(prompt + said[prompt] + drafts[prompt][len(said[prompt]) :], len(prompt + said[prompt])) for prompt in open_]
         for chosen in batches(texts, batch_size):
-            tokens = lm.target_logits(lm.batch([texts[i] for i in chosen]))[:, 0].argmax(-1).tolist()
-            for i, token in zip(chosen, tokens, strict=True):
-                said[open_[i]] += (token,)
+            rows = lm.target_logits(lm.batch([texts[i] for i in chosen]).without_last()).argmax(-1).tolist()  # [B, Tm]
+            for i, row in zip(chosen, rows, strict=True):
+                for token, guess in zip(row, texts[i].target_ids, strict=False):  # rows are padded
+                    said[open_[i]] += (token,)
+                    if token != guess:
+                        break
     return said
 
 
@@ -212,7 +218,7 @@ def served_together(answers: Iterable[Ids]) -> list[list[Ids]]:
 
 def _tokens(lm: LanguageModel, batch: Batch, answers: Sequence[tuple[int, Ids]]) -> list[_Reading]:
     """The readings of (row of the batch, answer), from one forward pass."""
-    logits = lm.target_logits(batch)  # [B, Tm, V]
+    logits = lm.target_logits(batch.without_last())  # [B, Tm, V]
     places = [(row, column, token) for row, answer in answers for column, token in enumerate(answer)]
     rows, columns, ids = torch.tensor(places, device=logits.device).unbind(-1)  # [N] each
     top: list[bool] = (logits.argmax(-1)[rows, columns] == ids).tolist()

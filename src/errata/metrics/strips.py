@@ -30,7 +30,7 @@ def strips(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH
     for chosen in batches([text for _, text in rows], batch_size):
         batch = lm.batch([rows[i][1] for i in chosen])
         with within_of(within, chosen):
-            logits = lm.target_logits(batch).float()  # [B, Tm, V]
+            logits = lm.target_logits(batch.without_last()).float()  # [B, Tm, V]
         right = logits.gather(-1, batch.targets.to(logits.device)[..., None]).squeeze(-1) - logits.logsumexp(-1)
         for i, log_p, top in zip(chosen, right.tolist(), logits.argmax(-1).tolist(), strict=True):
             ids = rows[i][1].target_ids

@@ -121,7 +121,7 @@ def predict(
     for chosen in batches(encoded, batch_size, batch_tokens):
         batch = lm.batch([encoded[i] for i in chosen])
         with within_of(within, chosen):
-            given = lm.target_logits(batch).argmax(dim=-1).tolist()  # [B, Tm]
+            given = lm.target_logits(batch.without_last()).argmax(dim=-1).tolist()  # [B, Tm]
         for i, row in zip(chosen, given, strict=True):
             wanted = encoded[i].target_ids
             found[i] = Prediction(wanted, tuple(row[: len(wanted)]))
@@ -140,15 +140,19 @@ def batches(encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_toke
         yield chosen
 
 
-def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE, together: bool = False) -> dict[str, Tokens]:
+def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
     """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
 
-    JSON-ready. Each case is run by itself, here and in `score`: in half precision a text's logits depend in the last bit on what is
-    in the batch with it, and a model that has not moved must score 100. together: all cases in the same batches, where that cannot be.
+    JSON-ready. In half precision each case is run by itself, here and in `score_all`: there a text's logits depend on what is in the
+    batch with it by enough to change an answer, and a model that has not moved must score 100.
     """
-    if together:
-        return {case.id: tokens for case, tokens in zip(cases, _locality(lm, cases, batch_size), strict=True)}
-    return {case.id: _locality(lm, [case], batch_size)[0] for case in cases}
+    groups = [cases] if wide(lm) else [[case] for case in cases]
+    return {case.id: tokens for group in groups for case, tokens in zip(group, _locality(lm, group, batch_size), strict=True)}
+
+
+def wide(lm: LanguageModel) -> bool:
+    """Whether what stands in a batch together changes rounding only. In half precision it may change an answer."""
+    return lm.dtype in (torch.float32, torch.float64)
 
 
 def _locality(
@@ -199,7 +203,8 @@ def score_all(
         best[place] = max(best.get(place, 0.0), prediction.accuracy)
     now: list[dict[str, list[list[int]]]] = []
     if before is not None:
-        now = [_locality(lm, [case], batch_size)[0] for case in cases] if within is None else _locality(lm, cases, batch_size, within)
+        together = wide(lm) or within is not None
+        now = _locality(lm, cases, batch_size, within) if together else [_locality(lm, [case], batch_size)[0] for case in cases]
     scores = []
     for index, (case, kinds) in enumerate(zip(cases, asked, strict=True)):
         values = {
