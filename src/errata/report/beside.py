@@ -243,7 +243,7 @@ def _words(line: Line) -> list[str]:
             if "accuracy" in one["after"][task]
         ]  # fmt: skip
         if moved:
-            words.append(f"accuracy {signed(fmean(moved))} points in the mean over {len(able[0]['after'])} tasks of general ability")
+            words.append(f"accuracy in general ability {signed(fmean(moved))} points (tasks: {', '.join(able[0]['after'])})")
     if far := [one["relative_l2"] for one in line.at_end("drift") if one["relative_l2"] is not None]:
         words.append(f"hidden states of other facts moved by {100 * fmean(far):.0f} % of their size")
     return words

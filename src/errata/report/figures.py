@@ -6,6 +6,7 @@ Each comes with the same in words and numbers, for whoever cannot see it.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 INK = "#010203"
 """Stands for the page's text colour, which is light in the dark; no picture has it otherwise."""
+PAGE = {"#d6d6d6": "faint", "#595959": "soft"}
+"""Greys of the picture of drift that are the page's own: what is faint on white would shine in the dark."""
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -278,11 +281,13 @@ def ability(story: Story) -> Picture | None:
     curves = _also(story, scores, before=unedited)
     if not curves:
         return None
-    metrics = {
-        task: _score(one)[0]
-        for one_line in story.lines for seeds in one_line.also.values() for found in seeds
+    every = {
+        task: one
+        for some_line in story.lines for seeds in some_line.also.values() for found in seeds
         for task, one in found.get("ability", {}).get("after", {}).items()
     }  # fmt: skip
+    metrics = {task: _score(one)[0] for task, one in every.items()}
+    fewest = min(one.get("n") or 1.0 for one in every.values())
 
     def draw() -> Figure:
         figure, panels = _panels(min(len(curves), 3), -(-len(curves) // 3))
@@ -306,7 +311,9 @@ def ability(story: Story) -> Picture | None:
     ]
     return Picture(
         "General ability as edits go on",
-        "The score of each task after so many edits; at 0 the unedited model. Bands: of several seeds from the lowest to the highest.",
+        "The score of each task after so many edits; at 0 the unedited model. "
+        f"{fewest:.0f} tests leave a score uncertain by up to ± {98 / math.sqrt(fewest):.0f} points; bands: from the lowest seed to the "
+        "highest.",
         draw,
         *_table(("method", "task"), rows),
     )
@@ -387,7 +394,10 @@ def _svg(draw: Callable[[], Figure]) -> str:
         file = io.StringIO()
         draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
+    for colour, name in PAGE.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
 
 
 def _with_limits(cell: Any) -> str:
