@@ -12,6 +12,7 @@ from errata.report.beside import ability, asked_otherwise, case_study, costs, dr
 from errata.report.board import Board
 from errata.report.figures import pictures
 from errata.report.page import parts, sheets
+from errata.report.sequence import COLOURS, styles
 from errata.report.story import Story, story
 from tests.report.made import sequence, single
 
@@ -104,6 +105,13 @@ def test_everything_is_in_the_tables_for_papers(tmp_path: Path, measured: Story)
         assert call(["report", str(tmp_path / "S"), "--to", str(tmp_path / name), "--json"]) == 0
     assert "| memit | 8 | 16 | 2.000 |" in (tmp_path / "t.md").read_text()
     assert r"\begin{tabular}{lp{0.7\linewidth}}" in (tmp_path / "t.tex").read_text()
+
+
+def test_a_method_has_its_colour_whatever_its_objective() -> None:
+    looks = styles(["alphaedit + ce", "lora + overtone", "deltaedit"])
+    assert looks["alphaedit + ce"][0] == COLOURS["alphaedit"] and looks["deltaedit"][0] == COLOURS["deltaedit"]
+    two = styles(["alphaedit + ce", "alphaedit + overtone"])
+    assert len({colour for colour, _ in two.values()}) == 2, "and two of one method are told apart"
 
 
 def test_small_parts() -> None:

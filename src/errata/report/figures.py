@@ -134,7 +134,7 @@ def over_edits(story: Story) -> Picture | None:
 
 def noise(story: Story) -> Picture | None:
     """Superimposed noise of the last edited layer (DeltaEdit, eq. 12 to 14) over the number of edits."""
-    curves = _curves(story, "noise")
+    curves = {label: curve for label, curve in _curves(story, "noise").items() if any(curve.mean)}  # a single edit has no other ones
     if not curves:
         return None
 
@@ -222,8 +222,8 @@ def perplexity(story: Story) -> Picture | None:
     curves = _also(story, lambda found: {"": times([found["perplexity"]])[0]} if "perplexity" in found else {}, start=1.0).get("", {})
     return _one(
         story, curves, "times the unedited model's", "Perplexity as edits go on",
-        "Perplexity of held-out text after so many edits, as a multiple of the unedited model's. Bands: from the lowest seed to the "
-        "highest.",
+        "Perplexity of held-out text after so many edits, as a multiple of the unedited model's. Dashed: measured at the end "
+        "only. Bands: from the lowest seed to the highest.",
         "{:.3f}",
     )  # fmt: skip
 
@@ -243,8 +243,8 @@ def drift(story: Story) -> Picture | None:
             curves[one.label] = replace(curve, low=[min(ends[x]) for x in curve.x], high=[max(ends[x]) for x in curve.x])
     return _one(
         story, curves, "relative L2 of other facts", "Drift as edits go on",
-        "How far the hidden states of prompts about other subjects have moved after so many edits, in parts of their size. Bands: the 95 % "
-        "bootstrap interval over prompts; of several seeds from the lowest to the highest.",
+        "How far the hidden states of prompts about other subjects have moved after so many edits, in parts of their size. Dashed: "
+        "measured at the end only. Bands: the 95 % bootstrap interval over prompts; of several seeds from the lowest to the highest.",
         "{:.3f}",
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def _one(story: Story, curves: Mapping[str, Curve], axis: str, title: str, about
     def draw() -> Figure:
         figure, (axes,) = _panels(1)
         looks = styles([one.label for one in story.lines])
-        handles = {label: line(axes, curve, *looks[label]) for label, curve in curves.items()}
+        handles = {label: line(axes, curve, *looks[label], dashed=len(curve.x) < 3) for label, curve in curves.items()}
         axes.set(xlabel="edits", ylabel=axis)
         scale(axes, curves.values())
         legend_below(figure, handles)
@@ -295,7 +295,7 @@ def ability(story: Story) -> Picture | None:
         handles: dict[str, Any] = {}
         for axes, (task, some) in zip(panels, curves.items(), strict=False):
             for label, curve in some.items():
-                handles[label] = line(axes, curve, *looks[label])
+                handles[label] = line(axes, curve, *looks[label], dashed=len(curve.x) < 3)
             axes.set_title(f"{task}, {metrics[task]}")
             axes.set(ylim=(-3, 103), xlabel="edits")
         for spare in panels[len(curves) :]:
@@ -311,7 +311,7 @@ def ability(story: Story) -> Picture | None:
     ]
     return Picture(
         "General ability as edits go on",
-        "The score of each task after so many edits; at 0 the unedited model. "
+        "The score of each task after so many edits; at 0 the unedited model; dashed: measured at the end only. "
         f"{fewest:.0f} tests leave a score uncertain by up to ± {98 / math.sqrt(fewest):.0f} points; bands: from the lowest seed to the "
         "highest.",
         draw,
