@@ -4,11 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+comma  := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint atlas clean
+.PHONY: help install demo report test lint atlas clean
 
 help:
 	@echo "make demo     correct one fact in the bundled model and look at everything around it"
+	@echo "make report   300 edits in a row under five methods, measured from all sides: report.html (DATA=folder: general ability too)"
 	@echo "make test     all tests            make lint    ruff, mypy, import directions"
 	@echo "make atlas    rebuild the bundled world and model (an hour; goes on where it was stopped)"
 	@echo "make install  the package and its tools into $(VENV)         make clean   remove what make made (not .atlas)"
@@ -33,6 +36,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/errata demo
 
+# Stopped at any moment, it goes on. With DATA (a folder with ability/cola.json …) it is another run, in a folder of its own.
+RUNS    := .report$(if $(DATA),-ability)
+ABILITY := $(if $(DATA),--also perplexity$(comma)ability$(comma)drift$(comma)fluency$(comma)extended --data-dir $(DATA) --set ability.limit=40)
+report: install
+	@set -e; for recipe in locft sequence; do \
+	  OMP_NUM_THREADS=1 $(BIN)/errata bench recipes/report/$$recipe.yaml --out $(RUNS)/$$recipe --resume $(ABILITY); \
+	done
+	$(BIN)/errata report $(RUNS)/sequence $(RUNS)/locft --to report.html
+
 # Two workers of one thread each: more threads than cores makes small tensors slower, not faster.
 test: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -50,5 +62,5 @@ atlas: install
 	$(BIN)/errata eval --model atlas --data atlas
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .report .report-ability report.html build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

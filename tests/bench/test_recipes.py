@@ -23,7 +23,7 @@ from errata.report.tables import edited
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-DELTAEDIT, OVERTONE = ([path for path in RECIPES if path.parent.name == paper] for paper in ("deltaedit", "overtone"))
+DELTAEDIT, OVERTONE, REPORT = ([path for path in RECIPES if path.parent.name == name] for name in ("deltaedit", "overtone", "report"))
 CHECKPOINTS = (200, 500, 1000, 1500, 2000, 2500, 3000)
 
 of_deltaedit = pytest.mark.parametrize("path", DELTAEDIT, ids=lambda path: path.stem)
@@ -63,7 +63,7 @@ def first_lines(paths: list[Path]) -> str:
 
 
 def test_there_is_no_other_paper() -> None:
-    assert sorted([*DELTAEDIT, *OVERTONE]) == RECIPES
+    assert sorted([*DELTAEDIT, *OVERTONE, *REPORT]) == RECIPES
 
 
 def test_there_is_one_for_each_item_of_deltaedit() -> None:
@@ -152,6 +152,28 @@ def test_its_comment_says_how_it_is_run(path: Path, planned: Planned, monkeypatc
     assert small.methods == own.methods and small.drawings == own.drawings
     facts = [fact for case in small.draw(atlas.cases("test"), small.seeds[0]) for fact in case.facts]
     assert set(edited(small.transcripts, facts)) == set(small.transcripts), "the case study is about someone who is edited"
+
+
+@pytest.mark.parametrize("path", REPORT, ids=lambda path: path.stem)
+def test_the_recipes_of_the_report_edit_the_same_cases_and_say_how_they_are_run(
+    path: Path, planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    said, own = commands(path), Plan.read(path)
+    assert planned(*said["Run"]) == own and planned(*said["Here"]) == replace(own, protocol="sequential:20")
+    for row in own.rows:
+        parts(row.method, row.objective, own.settings)
+    others = [Plan.read(other) for other in REPORT]
+    assert all((plan.sequence, plan.seeds, plan.also, plan.transcripts) == (300, (0,), own.also, own.transcripts) for plan in others)
+    facts = [fact for case in own.draw(atlas.cases("test"), 0) for fact in case.facts]
+    assert set(edited(own.transcripts, facts)) == set(own.transcripts), "the case study is about what is edited"
+    assert f"{path.relative_to(ROOT)}`" in (ROOT / "recipes" / "README.md").read_text()
+
+
+def test_make_report_runs_them() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "recipes/report/$$recipe.yaml" in makefile
+    assert f"for recipe in {' '.join(path.stem for path in REPORT)}" in makefile
 
 
 @of_deltaedit

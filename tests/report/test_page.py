@@ -44,7 +44,7 @@ def opened(browser: Any, path: Path, width: int = 1200, **more: Any) -> tuple[An
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     """A sequence under two methods, with a text that would like to be a script, beside single edits."""
-    sequence(tmp_path / "S", {"memit": [0.0, 0.0, 1.0, 1.0], "rome": [1.0] * 4}, evil=True)
+    sequence(tmp_path / "S", {"memit": [0.0, 0.0, 1.0, 1.0], "rome": [1.0] * 4}, evil=True, also=True)
     single(tmp_path / "R", {"lora": [(1.0, True), (1.0, False)]})
     assert call(["report", str(tmp_path / "S"), str(tmp_path / "R"), "--to", str(tmp_path / "report.html")]) == 0
     return tmp_path / "report.html"
@@ -61,7 +61,7 @@ def test_it_opens_without_a_word_and_fits(browser: Any, report: Path, width: int
     assert headings == [
         "What was edited?", "Did it work?", "What did it cost?", "How does it go on with more edits?", "The single cases", "Exactly how",
     ]  # fmt: skip
-    assert tab.locator("figure [role=img]").count() == tab.locator("figure details table").count() == 4, "each picture in numbers too"
+    assert tab.locator("figure [role=img]").count() == tab.locator("figure details table").count() == 8, "each picture in numbers too"
     ink = tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert (ink == "rgb(236, 236, 236)") == (scheme == "dark"), "the pictures' text is the page's"
 
@@ -84,12 +84,19 @@ def test_cases_are_searched_filtered_sorted_and_opened_by_keyboard(browser: Any,
     tab.select_option("#line", "")
     tab.select_option("#outcome", "mirage")
     assert rows.count() == 1 and "Land 1" in rows.inner_text()
+    assert "same subject, not to be: Town 0" not in tab.inner_text("#cases-table")
     rows.locator("button").focus()
     tab.keyboard.press("Enter")
     assert tab.locator("tr.open .token").all_inner_texts() == [" Town\n90 %", " 1\n100 %"] and "asked for: Town 1" in tab.inner_text(
         "tr.open"
     )
     assert tab.locator("button[aria-expanded=true]").count() == 1
+    tab.keyboard.press("Enter")
+    tab.select_option("#line", "rome")
+    tab.select_option("#outcome", "all")
+    rows.first.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert "Land 0 lies in Town 0. — same subject, not to be: Town 0" in tab.inner_text("tr.open")
     tab.keyboard.press("Enter")
     assert tab.locator("tr.open").count() == 0 and said == []
 
@@ -118,7 +125,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_a_thousand_cases_stay_under_ten_megabytes(tmp_path: Path) -> None:
     methods = {f"method {i}": [float(case % 3 > 0) for case in range(1000)] for i in range(5)}
-    text = page(story([read_run(sequence(tmp_path / "S", methods))]))
+    text = page(story([read_run(sequence(tmp_path / "S", methods, also=True))]))
     assert len(text.encode()) < 10e6
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text), "nothing is fetched"
 
@@ -129,7 +136,8 @@ def test_tables_for_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert call(["report", str(tmp_path / "R"), "--to", str(tmp_path / name), "--json"]) == 0
     markdown, latex = ((tmp_path / name).read_text() for name in ("t.md", "t.tex"))
     assert "| ft-m | 2 | 75.0 (50.0 to 100.0) | 50.0 (0.0 to 100.0) |" in markdown
-    assert r"a\_b & 2 & 100.0 (100.0 to 100.0)" in latex and latex.count(r"\toprule") == 2
+    assert r"a\_b & 2 & 100.0 (100.0 to 100.0)" in latex and latex.count(r"\toprule") == 6
+    assert "Effort" in latex and "how sure" in markdown and "unedited" not in markdown
     capsys.readouterr()
 
 

@@ -24,6 +24,8 @@ PROTOCOLS: Mapping[str, str | None] = {"single": None, "continual": "T", "sequen
 NO_OBJECTIVE = "none"
 """What stands in the column of the objective beside a method that optimises nothing."""
 MEASURES = ("after-sequence", "after-each", "both")
+ALSO = ("perplexity", "ability", "drift", "fluency", "extended")
+"""What a sequence can measure beside its cases; see `errata.bench.also`."""
 Settings = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
 
@@ -95,11 +97,12 @@ class Plan:
         as if it were alone, where the method can (see `errata.bench.batches`). 0: of single edits what memory takes, otherwise one.
     curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
+    also: what is measured of a sequence beside its cases, at the checkpoints and of the unedited model: of ALSO.
     drawings: tables and pictures of the finished run that `errata bench` makes at the end, by name; see `errata.report`.
     limit, split: `limit` cases of the data set's `split`, drawn anew by each seed; None is all of them, and the data set's own choice.
     seeds: one set of rows for each.
-    settings: hyper-parameters that differ from the defaults: method, objective or "method+objective" -> name -> value; the
-        last is for the objective in that company only. Those of a labelled method come on top of those of the method.
+    settings: hyper-parameters that differ from the defaults: method, objective, one of `also`, or "method+objective" -> name -> value;
+        the last is for the objective in that company only. Those of a labelled method come on top of those of the method.
     overrides: model -> settings on top of these where the plan is run with that model; see `resolved`.
     dtype: the type of the weights; None: the checkpoint's own.
     threads: torch threads; part of the plan because sums in another order may differ in the last bit.
@@ -118,6 +121,7 @@ class Plan:
     batch: int = 0
     curves: bool = False
     transcripts: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     drawings: tuple[str, ...] = ()
     limit: int | None = None
     split: str | None = None
@@ -152,13 +156,17 @@ class Plan:
         if self.limit is not None and self.limit < 1:
             raise PlanError(f"limit must be at least 1 (got {self.limit}); leave it out for all cases")
         for settings in (self.settings, *self.overrides.values()):
-            check_owners(settings, self.methods, self.objectives)
+            check_owners(settings, self.methods, (*self.objectives, *self.also))
 
     def _check_sequence(self) -> None:
         if self.measure not in MEASURES:
             raise PlanError(f"unknown measure {self.measure!r}{did_you_mean(self.measure, MEASURES)}")
         if unknown := [name for name in self.drawings if name not in DRAWINGS]:
             raise PlanError(f"unknown drawing {unknown[0]!r}{did_you_mean(unknown[0], DRAWINGS)}")
+        if strange := [name for name in self.also if name not in ALSO]:
+            raise PlanError(f"also: unknown measurement {strange[0]!r}{did_you_mean(strange[0], ALSO)}")
+        if len(set(self.also)) < len(self.also):
+            raise PlanError(f"also: {next(name for name in self.also if self.also.count(name) > 1)} stands there twice")
         if self.batch < 0:
             raise PlanError(f"batch must be at least 1 (got {self.batch}); leave it out for the usual number")
         size = self.sequence
@@ -174,7 +182,7 @@ class Plan:
             fitting = "sequential:N" if size is None else "single or continual:T"
             raise PlanError(f"the drawing {other[0]!r} is none of the protocol {self.protocol!r}; add {fitting}, or leave it out")
         if size is None:
-            alone = {"checkpoints": (), "transcripts": ()} | ({"batch": 1} if self.block else {"measure": MEASURES[0]})
+            alone = {"checkpoints": (), "transcripts": (), "also": ()} | ({"batch": 1} if self.block else {"measure": MEASURES[0]})
             for name, default in alone.items():
                 if getattr(self, name) != default:
                     raise PlanError(f"{name} belongs to a sequence; add the protocol sequential:N, or leave it out")
@@ -253,7 +261,8 @@ class Plan:
         if missing := [name for name in ("model", "data", "methods") if not record.get(name)]:
             raise PlanError(f"{where}: field {missing[0]!r} is missing")
         values = dict(record)
-        kinds_of_lists = {"methods": str, "objectives": str, "seeds": int, "checkpoints": int, "transcripts": str, "drawings": str}
+        texts, numbers = ("methods", "objectives", "transcripts", "also", "drawings"), ("seeds", "checkpoints")
+        kinds_of_lists: dict[str, type] = {**dict.fromkeys(texts, str), **dict.fromkeys(numbers, int)}
         for name, kind in kinds_of_lists.items():
             if name in values:
                 listed = values[name] if isinstance(values[name], list | tuple) else [values[name]]

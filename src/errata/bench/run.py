@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import data, methods
-from errata.bench import batches, continual, sequence
+from errata.bench import also, batches, continual, sequence
 from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
 from errata.bench.intervals import intervals, rounded
 from errata.bench.making import short, watched
@@ -65,6 +65,7 @@ def run(
     plan = plan.resolved()
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
     rows = [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
+    wanted = also.measurements(plan, data_dir)
     source = None
     if cases is None:
         cases = data.load(plan.data, data_dir=data_dir, split=plan.split)
@@ -77,12 +78,13 @@ def run(
         plan = replace(plan, batch=plan.batch or batches.fitting(lm))
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
+        elsewhere = {seed: also.elsewhere(cases, chosen, seed) for seed, chosen in drawn.items()} if "drift" in wanted else {}
         for _, method, objective in rows:
             method.start(lm, objective=objective)  # what cannot edit this model says so before anything is written
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is not None:
-            sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress)
+            sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress, wanted, elsewhere)
         elif plan.block is not None:
             continual.fill(plan, rows, drawn, lm, out / RECORDS, records, progress)
         else:
@@ -90,6 +92,8 @@ def run(
     where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
+    if isinstance(asks := wanted.get("ability"), also.Asked):
+        where |= {"ability_sha256": asks.digests()}
     asked = {seed: [case.id for case in chosen] for seed, chosen in drawn.items()}
     if plan.sequence is None:  # the data's order: a table does not depend on the order of the edits within it
         place = {case: number for number, case in enumerate(ids)}

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not in its __all__
 
+from errata.bench import also
+from errata.bench.also import About, Measurement
 from errata.bench.folder import RECORDS, STATE, Key, Record, append, key_of, write_whole
 from errata.bench.making import settle, short, watched
 from errata.bench.plan import Plan, PlanError, Row
@@ -71,15 +73,21 @@ def fill(
     records: dict[Key, Record],
     snapshot_every: int,
     progress: Callable[[int, int, str], None] | None,
+    wanted: Mapping[str, Measurement],
+    elsewhere: Mapping[int, Sequence[str]],
 ) -> None:
     """Run every sequence that has no last line yet, and append its lines. cases: those of each seed, in their order.
+
+    wanted, elsewhere: what is measured beside the cases, and the prompts about other subjects for it, of each seed.
 
     snapshot_every: what is done again after a stop is at most so many edits. The model is the unedited one between rows, and afterwards.
     Raises PlanError if it is not the unedited one before.
     """
     if Stack.of(lm).active:
         raise PlanError(f"{lm.name} has edits applied, and a sequence begins at the unedited model; revert them first")
-    sequences = [_Sequence(plan, row, steps(cases[row.seed], plan.batch), lm, out, records) for row, *_ in rows]
+    sequences = [
+        _Sequence(plan, row, steps(cases[row.seed], plan.batch), lm, out, records, wanted, elsewhere.get(row.seed, ())) for row, *_ in rows
+    ]
     total = sum(len(cases[row.seed]) for row, *_ in rows)
     done = sum(len(step.cases) for sequence in sequences for step in sequence.steps if sequence.has(step.name))
     said: list[str] | None = None
@@ -87,6 +95,7 @@ def fill(
         if sequence.complete:
             continue
         before = _unedited(lm, cases[row.seed], out / STATE / f"unedited-{row.seed}.json")
+        sequence.aside = also.unedited(wanted, lm, About(cases[row.seed], sequence.elsewhere), row.seed, out / STATE)
         if said is None:
             said = lm.generate(plan.transcripts, TRANSCRIPT_TOKENS, stop_at_newline=False)
         for made in sequence.run(method, objective, before, said, snapshot_every):
@@ -114,6 +123,9 @@ class _Sequence:
     lm: LanguageModel
     out: Path
     records: dict[Key, Record]
+    wanted: Mapping[str, Measurement]
+    elsewhere: Sequence[str]
+    aside: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Any] = field(default_factory=dict)
     said: Sequence[str] = ()
 
@@ -222,6 +234,9 @@ class _Sequence:
         with self._with(extra):
             if self.plan.measure != "after-each" and "finish_error" not in line:
                 line["outcomes"] = self._outcomes(self._usable(edits), written=last)
+            if self.wanted and "finish_error" not in line:
+                about = About(self._usable(edits), self.elsewhere)
+                line["also"] = also.measured(self.wanted, self.lm, about, self.aside, last)
             if last:
                 line["weights_sha256"] = self._sha256()
                 line["settings"] = {"method": session.method.to_dict(), "objective": session.record()}

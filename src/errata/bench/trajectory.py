@@ -10,8 +10,11 @@ from typing import Any
 from errata.bench.folder import Key, Record, key_of
 from errata.bench.intervals import limits, resampled, rounded, spread
 from errata.bench.plan import Plan, Row
+from errata.metrics.ability import difference
+from errata.metrics.generation import summarise_extended
 from errata.metrics.probability import COLUMNS, summarise
 
+WHENS = ("before", "after")
 STAGE = "seconds_"
 """How diagnostics name the time of a stage: seconds_value, seconds_write …"""
 
@@ -21,7 +24,8 @@ def sequence_row(plan: Plan, row: Row, case_ids: Sequence[str], records: Mapping
 
     metrics: those of the last checkpoint, and all of them under "checkpoints", each with `edits`, `noise_by_layer`, `k_beta_by_layer` and
         `by_age`: the means over blocks of cases, as the checkpoints divide the sequence. `noise` and `k_beta` are those of the last edited
-        layer. With measure "both" the means right after each case's own edit stand under "after_each".
+        layer; what was measured beside the cases stands under `also`. With measure "both" the means right after each case's own edit
+        stand under "after_each".
     diagnostics: means of what the method had to say about its edits (DeltaEdit: the share of `constrained` ones). finish_error: why what
         the method does at the end of a sequence could not be done; there are no metrics then.
     n, failed: cases measured at the end, cases whose edit failed; not_finite: of these, edits that would have broken the weights, whose
@@ -83,7 +87,24 @@ def _checkpoint(plan: Plan, case_ids: Sequence[str], line: Record, right_after: 
             for start, end in blocks
         ],
         **both,
+        **({"also": _also(line["also"])} if line.get("also") else {}),
     }
+
+
+def _also(found: Record) -> dict[str, Any]:
+    """What was measured beside the cases, as numbers: before and after, of drift its own, of ability with the difference. What lies
+    behind them (texts, t-SNE's points, single cases) stays in the line."""
+    made: dict[str, Any] = {name: rounded(found[name]) for name in ("perplexity",) if name in found}
+    if "fluency" in found:
+        made["fluency"] = rounded({when: fmean(found["fluency"][when]) if found["fluency"][when] else None for when in WHENS})
+    if "ability" in found:
+        before, after = (found["ability"][when] for when in WHENS)
+        made["ability"] = {task: {"n": after[task]["n"], **scores} for task, scores in difference(before, after).items()}
+    if "drift" in found:
+        made["drift"] = {name: value for name, value in found["drift"].items() if name != "points"}
+    if "extended" in found:
+        made["extended"] = {when: rounded(summarise_extended([case[when] for case in found["extended"].values()])) for when in WHENS}
+    return made
 
 
 def _outcomes(plan: Plan, line: Record, right_after: Mapping[str, Record], case_ids: Sequence[str]) -> dict[str, Record]:

@@ -37,6 +37,7 @@ def run(
     lm: LanguageModel, edit: Edit | None, tasks: Sequence[str], variant: str, limit: int | None, data_dir: Path | None
 ) -> dict[str, Any]:
     """{"before": task -> scores}, and with an edit "after" and "difference" too."""
+    from errata.bench.also import of_held_out
     from errata.metrics import ability
 
     states: list[tuple[str, AbstractContextManager[object]]] = [("before", nullcontext()), *([("after", edit.applied_())] if edit else [])]
@@ -46,18 +47,10 @@ def run(
         with state:
             found[when] = ability.measure(lm, [name for name in tasks if name != PERPLEXITY], variant, limit, data_dir)
             if PERPLEXITY in tasks:
-                found[when][PERPLEXITY] = {PERPLEXITY: round(_perplexity(lm), 6)}
+                found[when][PERPLEXITY] = {PERPLEXITY: round(of_held_out(lm), 6)}
     if edit:
         found["difference"] = ability.difference(found["before"], found["after"])
     return found
-
-
-def _perplexity(lm: LanguageModel) -> float:
-    from errata.corrections import Limits
-    from errata.metrics import perplexity
-    from errata.statistics.corpus import beside, texts
-
-    return perplexity.perplexity(lm, perplexity.held_out(lm, texts(None, lm) if beside(lm) else Limits.read().sentences))
 
 
 def tell(found: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from errata import __version__
 from errata.bench.folder import claim
-from errata.bench.plan import Plan, PlanError, Protocol, known_split, parse_settings, unlabelled
+from errata.bench.plan import ALSO, Plan, PlanError, Protocol, known_split, parse_settings, unlabelled
 from errata.cli import show
 
 if TYPE_CHECKING:
@@ -197,6 +197,14 @@ def bench(
     transcript: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="Keep how the model goes on here, before and after a sequence.")
     ] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help=f"Measure a sequence's checkpoints beside its cases, before and after: {', '.join(ALSO)} (tests from --data-dir; "
+            "--set ability.limit=50).",
+        ),
+    ] = None,
     limit: LimitOption = None,
     split: SplitOption = None,
     seed: Annotated[str | None, typer.Option(metavar="S", help="One seed, or several: 0,1,2 (default: 0).")] = None,
@@ -221,6 +229,7 @@ def bench(
         "batch": batch,
         "curves": curves or None,
         "transcripts": transcript or None,
+        "also": _names(also),
         "limit": limit,
         "split": split,
         "seeds": _numbers("--seed", seed),
@@ -281,7 +290,10 @@ def _fitting(base: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]
     wanted, objectives = ({**base, **options}[name] for name in ("methods", "objectives"))
     left = {name: [one for one in only if one in objectives] for name, only in base["only"].items() if name in wanted}
     base["only"] = {name: only for name, only in left.items() if only}
-    gone, kept = ({name for method in source["methods"] for name in (method, unlabelled(method))} for source in (base, {**base, **options}))
+    gone, kept = (
+        {*(name for method in source["methods"] for name in (method, unlabelled(method))), *source["also"]}
+        for source in (base, {**base, **options})
+    )
     gone -= kept
     base["settings"] = {
         owner: values for owner, values in base["settings"].items() if owner in kept or not gone & {owner, owner.rpartition("+")[0]}

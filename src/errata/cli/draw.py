@@ -87,7 +87,7 @@ def _make(name: str, plan: Plan, results: Mapping[str, Any], folder: Path, data_
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     else:
-        made = sheets(name, results, _known(plan, results, data_dir) if name == "case-study" else None)
+        made = sheets(name, results, known(plan, results, data_dir) if name == "case-study" else None)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(sheet.markdown() for sheet in made), encoding="utf-8")
         for sheet in made if shown else ():
@@ -120,7 +120,7 @@ def _table(sheet: Sheet) -> Table:
     return drawn
 
 
-def _known(plan: Plan, results: Mapping[str, Any], data_dir: Path | None) -> Known:
+def known(plan: Plan, results: Mapping[str, Any], data_dir: Path | None) -> Known:
     """What was edited about the transcripts' prompts; nothing where the data is no longer at hand, or is no longer the same."""
     from errata import data
 

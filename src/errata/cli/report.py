@@ -11,7 +11,8 @@ import typer
 from errata.bench.folder import PLAN, RECORDS, RESULTS, read_records
 from errata.bench.plan import Plan, PlanError
 from errata.cli import show
-from errata.cli.app import JsonOption, app
+from errata.cli.app import DataDirOption, JsonOption, app
+from errata.cli.draw import known
 from errata.disk import replacing
 
 if TYPE_CHECKING:
@@ -24,20 +25,20 @@ FORMS = (".html", ".md", ".tex")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders that 'errata bench' wrote; several stand side by side.")],
     to: Annotated[Path, typer.Option(metavar="FILE", help="report.html (one page, no network), table.md or table.tex.")],
+    data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was edited, did it work, what did it cost, how does it go on: one page, or tables for a paper."""
     if to.suffix not in FORMS:
         raise PlanError(f"cannot write {to}: the name must end in {', '.join(FORMS[:-1])} or {FORMS[-1]}")
-    from errata.report.page import cost, page, worked
+    from errata.report.page import page, sheets
     from errata.report.story import story
 
-    told = story([read_run(folder) for folder in runs])
+    told = story([read_run(folder, data_dir) for folder in runs])
     if to.suffix == ".html":
         text = page(told)
     else:
-        sheets = [board.sheet() for board in (worked(told), cost(told))]
-        text = "\n".join(sheet.markdown() if to.suffix == ".md" else sheet.latex() for sheet in sheets)
+        text = "\n".join(sheet.markdown() if to.suffix == ".md" else sheet.latex() for sheet in sheets(told))
     to.parent.mkdir(parents=True, exist_ok=True)
     with replacing(to) as file:
         file.write_text(text, encoding="utf-8")
@@ -47,12 +48,14 @@ def report(
         typer.echo(f"{to}: {len(told.lines)} methods, {len(told.cases)} cases, {to.stat().st_size / 1e6:.1f} MB")
 
 
-def read_run(folder: Path) -> Run:
-    """A finished run. Raises PlanError where the folder holds none."""
+def read_run(folder: Path, data_dir: Path | None = None) -> Run:
+    """A finished run. Raises PlanError where the folder holds none. data_dir: see `known`."""
     from errata.report.story import Run
 
     if not (folder / RESULTS).is_file() or not (folder / PLAN).is_file():
         raise PlanError(f"{folder} holds no finished run ({RESULTS} is missing); finish it with: errata bench --resume --out {folder}")
     text = (folder / PLAN).read_text(encoding="utf-8")
+    plan = Plan.read(folder / PLAN)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    return Run(folder.resolve().name, Plan.read(folder / PLAN).to_dict(), text, results, list(read_records(folder / RECORDS).values()))
+    records = list(read_records(folder / RECORDS).values())
+    return Run(folder.resolve().name, plan.to_dict(), text, results, records, known(plan, results, data_dir))

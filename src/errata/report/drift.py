@@ -29,14 +29,14 @@ def draw(records: Mapping[str, Mapping[str, Any]], to: str | Path, title: str = 
     picture(records, title).savefig(to, dpi=150)
 
 
-def picture(records: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
+def picture(records: Mapping[str, Mapping[str, Any]], title: str = "", columns: int = COLUMNS) -> Figure:
     """Figures 4b and 8: hidden states in the plane of t-SNE, before in grey and after in the method's colour, a panel a method.
 
     Above and to the right the marginal distributions (Gaussian kernels, Scott's width). Dashed: each cloud's 95 % ellipse, from its mean
     and covariance. Panels whose states before are the same points (`measure_together`) have the same axes.
 
     records: label -> what `errata.metrics.drift.measure` or `measure_together` gave; without `points` a label is left out.
-    Raises DrawingError where none has points.
+    columns: so many panels beside one another. Raises DrawingError where none has points.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -44,7 +44,7 @@ def picture(records: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure
     clouds = {label: _clouds(record["points"]) for label, record in records.items() if record.get("points")}
     if not clouds:
         raise DrawingError("no record has points; take them with errata.metrics.drift.measure, of at least two prompts")
-    columns = min(len(clouds), COLUMNS)
+    columns = min(len(clouds), columns)
     rows = math.ceil(len(clouds) / columns)
     figure = Figure(figsize=(4.5 * columns, 4.6 * rows + 0.7), layout="constrained")
     if title:

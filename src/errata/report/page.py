@@ -11,37 +11,14 @@ from typing import Any
 import yaml
 
 from errata.bench.paired import Paired
+from errata.report import beside
+from errata.report.board import Board, Shown
 from errata.report.figures import Picture, pictures
 from errata.report.story import COLUMNS, Cell, Column, Story
 from errata.report.tables import Sheet
 
 MOST_NAMED = 8
 """So many edited facts are named at the top; all of them stand among the cases."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A cell: its text, what stands small below it, and "good" or "bad" where it is one of these beyond doubt."""
-
-    text: str
-    small: str = ""
-    mood: str = ""
-
-
-@dataclass(frozen=True)
-class Board:
-    """A table of the report. written: columns of what the model writes by itself, which are set off from those where it is led."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Shown, ...], ...]
-    written: frozenset[int] = frozenset()
-    remarks: tuple[str, ...] = ()
-
-    def sheet(self) -> Sheet:
-        """For Markdown and LaTeX."""
-        rows = [tuple(f"{cell.text} ({cell.small})" if cell.small else cell.text for cell in row) for row in self.rows]
-        return Sheet(self.title, self.headings, tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -90,14 +67,25 @@ def page(story: Story) -> str:
 def parts(story: Story, drawn: Mapping[str, Sequence[Picture]]) -> Iterator[Part]:
     """The sections in the order in which a reader asks."""
     yield _edited(story)
-    yield Part("worked", "Did it work?", (), _verdicts(story), [worked(story), *comparisons(story)], drawn.get("worked", ()))
-    yield Part("cost", "What did it cost?", (), (), [cost(story), *effort(story)], drawn.get("cost", ()))
+    led = [worked(story), *beside.asked_otherwise(story), *comparisons(story)]
+    yield Part("worked", "Did it work?", (), _verdicts(story), led, drawn.get("worked", ()))
+    paid = [cost(story), *beside.costs(story), *effort(story)]
+    yield Part("cost", "What did it cost?", (), beside.told(story), paid, drawn.get("cost", ()))
     if drawn.get("goes-on"):
         yield Part("goes-on", "How does it go on with more edits?", (), (), (), drawn["goes-on"])
-    yield Part(
-        "cases", "The single cases", ["Each case under each method; open one to see what was written, and the answer token by token."]
-    )
+    about = "Each case under each method; open one to see what was written, and the answer token by token."
+    yield Part("cases", "The single cases", [about], sheets=beside.case_study(story))
     yield _configuration(story)
+
+
+def sheets(story: Story) -> list[Sheet]:
+    """The page's tables, and the numbers of its curves, for Markdown and LaTeX."""
+    curves = {"goes-on": pictures(story)["goes-on"]}  # the numbers of other pictures are those of tables
+    made: list[Sheet] = []
+    for part in parts(story, curves):
+        made += [board.sheet() for board in part.sheets]
+        made += [Sheet(picture.title, picture.headings, picture.rows) for picture in part.pictures]
+    return made
 
 
 def worked(story: Story) -> Board:

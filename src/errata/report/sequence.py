@@ -226,10 +226,16 @@ def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
 
 
 def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Label -> colour and marker: a method's own colour, and for all other labels those that are left."""
+    """Label -> colour and marker: a method's own colour, whatever objective its label names, and for all other labels those that are
+    left. Of several labels of one method only the plain one has its colour."""
     names = list(dict.fromkeys(labels))
-    free = cycle([colour for name, colour in COLOURS.items() if name not in names] or list(COLOURS.values()))
-    return {name: (COLOURS.get(name) or next(free), marker) for name, marker in zip(names, cycle(MARKERS), strict=False)}
+    methods = [name.partition(" + ")[0] for name in names]
+    own = {
+        name: COLOURS[method] for name, method in zip(names, methods, strict=True)
+        if method in COLOURS and (name == method or methods.count(method) == 1)
+    }  # fmt: skip
+    free = cycle([colour for colour in COLOURS.values() if colour not in own.values()] or list(COLOURS.values()))
+    return {name: (own.get(name) or next(free), marker) for name, marker in zip(names, cycle(MARKERS), strict=False)}
 
 
 def scale(axes: Axes, curves: Collection[Curve]) -> None:

@@ -14,6 +14,8 @@ from errata.bench.plan import NO_OBJECTIVE
 from errata.metrics.probability import COLUMNS as SEQUENCE
 from errata.metrics.summary import KINDS, QUESTIONS
 
+MOST_SHOWN = 120
+"""Characters of a text that was written when an edit was asked for in other ways; all of it stands in the records."""
 Case = tuple[int, str]
 """Seed and id of a case."""
 Values = dict[str, dict[Case, float]]
@@ -65,10 +67,27 @@ class Cell:
         return f"{self.mean:.1f}"
 
 
+def cell_of(values: Mapping[Case, float] | None) -> Cell | None:
+    """Of a column's values; None where nothing was measured."""
+    if not values:
+        return None
+    low, high = limits(resampled([[value] for value in values.values()], 1)[:, 0])
+    assert low is not None and high is not None
+    seeds: dict[int, list[float]] = {}
+    for (seed, _), value in values.items():
+        seeds.setdefault(seed, []).append(100 * value)
+    means = [fmean(own) for own in seeds.values()]
+    return Cell(100 * fmean(values.values()), low, high, stdev(means) if len(means) > 1 else None)
+
+
 @dataclass(frozen=True)
 class Line:
     """One method of one run, over all of its seeds. rows: those of `results.json`; values: see `Values`, at the end; marks: the same after
-    so many edits, at each checkpoint of a sequence at which the cases were measured. data: hash of the data set."""
+    so many edits, at each checkpoint of a sequence at which the cases were measured. data: hash of the data set.
+
+    also: edits -> what was measured beside the cases, a seed each (see `errata.bench.also`); extended, unasked: what was written at the end
+    when the edits were asked for in other ways, and what the unedited model had written.
+    """
 
     label: str
     run: str
@@ -76,6 +95,14 @@ class Line:
     rows: tuple[Mapping[str, Any], ...]
     values: Values
     marks: Mapping[int, Values]
+    also: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
+    extended: Values = field(default_factory=dict)
+    unasked: Values = field(default_factory=dict)
+
+    def at_end(self, name: str) -> list[Record]:
+        """What was measured beside the cases under this name at the last checkpoint, a seed each; empty where nothing was."""
+        last = self.also[max(self.also)] if self.also else ()
+        return [found[name] for found in last if name in found]
 
     @property
     def n(self) -> int:
@@ -89,16 +116,7 @@ class Line:
 
     def cell(self, column: str, mark: int | None = None) -> Cell | None:
         """At the end, or after so many edits; None where nothing was measured."""
-        values = (self.values if mark is None else self.marks[mark]).get(column)
-        if not values:
-            return None
-        low, high = limits(resampled([[value] for value in values.values()], 1)[:, 0])
-        assert low is not None and high is not None
-        seeds: dict[int, list[float]] = {}
-        for (seed, _), value in values.items():
-            seeds.setdefault(seed, []).append(100 * value)
-        means = [fmean(own) for own in seeds.values()]
-        return Cell(100 * fmean(values.values()), low, high, stdev(means) if len(means) > 1 else None)
+        return cell_of((self.values if mark is None else self.marks[mark]).get(column))
 
     def mean(self, name: str) -> float | None:
         """Of a number that the rows have, over the seeds."""
@@ -108,13 +126,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: name, plan (its YAML text too), `results.json`, and the records by key."""
+    """A finished run: name, plan (its YAML text too), `results.json`, and the records; known: what was edited about (seed, prompt)."""
 
     name: str
     plan: Mapping[str, Any]
     text: str
     results: Mapping[str, Any]
     records: Sequence[Record]
+    known: Mapping[Case, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,10 +187,12 @@ def story(runs: Sequence[Run]) -> Story:
             if several and any(line.label == label for line in made):
                 label = f"{label} ({run.name})"
             told = list(_told(run, method, objective))
-            made.append(
-                Line(label, run.name, run.results["environment"]["data_hash"], tuple(rows), _values(told), _marks(run, method, objective))
-            )
-            cases += [_case(label, seed, case, outcome) for seed, case, outcome in told]
+            also = _also(run, method, objective)
+            asked = _asked_otherwise(also)
+            data = run.results["environment"]["data_hash"]
+            end = [_shares(asked, when) for when in ("after", "before")]
+            made.append(Line(label, run.name, data, tuple(rows), _values(told), _marks(run, method, objective), also, *end))
+            cases += [_case(label, seed, case, outcome, asked.get((seed, case), {})) for seed, case, outcome in told]
     return Story(tuple(runs), tuple(made), tuple(cases))
 
 
@@ -200,6 +221,30 @@ def _marks(run: Run, method: str, objective: str) -> dict[int, Values]:
             if told:
                 found.setdefault(record["edits"], []).extend(told)
     return {edits: _values(told) for edits, told in sorted(found.items())}
+
+
+def _also(run: Run, method: str, objective: str) -> dict[int, tuple[Record, ...]]:
+    """Edits -> what was measured beside the cases, in the order of the seeds; each with its seed."""
+    found: dict[int, list[Record]] = {}
+    for record in run.records:
+        if (record["method"], record["objective"]) == (method, objective) and record.get("also"):
+            found.setdefault(record["edits"], []).append({**record["also"], "seed": record["seed"]})
+    return {edits: tuple(some) for edits, some in sorted(found.items())}
+
+
+def _asked_otherwise(also: Mapping[int, Sequence[Record]]) -> dict[Case, Record]:
+    """Case -> what was written at the end when its edit was asked for in other ways, before and after."""
+    last = also[max(also)] if also else ()
+    return {(found["seed"], case): said for found in last for case, said in found.get("extended", {}).items()}
+
+
+def _shares(asked: Mapping[Case, Record], when: str) -> Values:
+    found: Values = {}
+    for case, said in asked.items():
+        for name, value in said[when].items():
+            if isinstance(value, int | float):
+                found.setdefault(name, {})[case] = float(value)
+    return found
 
 
 def _values(told: Sequence[tuple[int, str, Record]]) -> Values:
@@ -233,7 +278,7 @@ def _transcripts(outcome: Record) -> list[dict[str, Any]]:
     return found
 
 
-def _case(label: str, seed: int, case: str, outcome: Record) -> dict[str, Any]:
+def _case(label: str, seed: int, case: str, outcome: Record, asked_otherwise: Record) -> dict[str, Any]:
     """What is shown of one case, JSON-ready; short names, since there are thousands."""
     return {
         "line": label,
@@ -247,4 +292,17 @@ def _case(label: str, seed: int, case: str, outcome: Record) -> dict[str, Any]:
             for asked in (outcome.get("questions") or {}).get("asked", [])
             for reply in asked["replies"]
         ],
+        **({"ways": ways} if (ways := list(_ways(asked_otherwise))) else {}),
     }
+
+
+def _ways(asked: Record) -> Iterator[list[str]]:
+    """Way, prompt, new answer, and the beginning of what was written; not the prompt as it stands, which is told already."""
+    for way, replies in asked.get("after", {}).get("transcripts", {}).items():
+        if way != "plain":
+            yield from ([way, said["prompt"], said["target"], _beginning(said["text"])] for said in replies)
+
+
+def _beginning(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"

@@ -48,7 +48,8 @@ class Sheet:
 
     def latex(self) -> str:
         """As a LaTeX table (booktabs), with its title as caption."""
-        align = "l" + ("l" if self.wide else "r") * (len(self.headings) - 1)
+        others = len(self.headings) - 1
+        align = "l" + ("l" * (others - 1) + "p{0.7\\linewidth}" if self.wide else "r" * others)
         lines = [
             [_tex(cell) if (i, j) not in self.best else f"\\textbf{{{_tex(cell)}}}" for j, cell in enumerate(row)]
             for i, row in enumerate(self.rows)

@@ -7,6 +7,7 @@
   const more = document.getElementById("more");
   const controls = ["search", "line", "outcome"].map((id) => document.getElementById(id));
   const PAGE = 50;
+  const WAYS = { qa: "in a frame", question: "as a question", chat: "in a chat", negation: "denied", leak: "same subject" };
   let shown = PAGE;
   let sorting = { by: null, down: false };
 
@@ -58,6 +59,14 @@
       made.append(...one.strips.map(strip));
     }
     say("Other questions:", one.questions);
+    if (one.ways) {
+      made.append(element("p", { class: "soft" }, "Asked in other ways, and where the new answer does not belong:"));
+      made.append(element("ul", {}, ...one.ways.map(([way, prompt, target, said]) => {
+        const wrong = way === "negation" || way === "leak";
+        return element("li", {}, element("span", { class: "soft" }, `${prompt} `), said || "(nothing)",
+          element("span", { class: "soft" }, wrong ? ` — ${WAYS[way]}, not to be: ${target}` : ` — ${WAYS[way]}, asked for: ${target}`));
+      })));
+    }
     made.append(element("p", { class: "soft" }, `${one.line}, case ${one.case}, seed ${one.seed}`));
     return element("td", { colspan: String(4 + data.columns.length), class: "text" }, made);
   }
