@@ -37,7 +37,7 @@ def test_the_costs_before_and_after(measured: Story) -> None:
     (board,) = drift(measured)
     assert cells(board)[0] == ["memit", "0.600 (0.600 to 0.600)", "0.400 (0.400 to 0.400)", "0.900 (0.900 to 0.900)"]
     (board,) = fluency(measured)
-    assert cells(board)[0] == ["memit", "4.50", "3.50", "−1.00 (-1.00 to -1.00)"] and board.rows[0][-1].mood == "bad"
+    assert cells(board)[0] == ["memit", "4.50", "3.50", "−1.00 (−1.00 to −1.00)"] and board.rows[0][-1].mood == "bad"
     assert told(measured)[0] == (
         "memit: perplexity 2.00 times the unedited model's, accuracy in general ability −40.0 points (tasks: cola), "
         "hidden states of other facts moved by 40 % of their size."

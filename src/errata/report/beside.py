@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from errata.bench.intervals import limits, resampled
-from errata.report.board import Board, Shown, over_seeds
+from errata.report.board import Board, Shown, over_seeds, span
 from errata.report.story import Line, Story, Values, cell_of
 
 UNEDITED = "unedited"
@@ -118,7 +118,7 @@ def drift(story: Story) -> Iterator[Board]:
             if len(found) == 1:
                 ends = [found[0]["intervals"][name] for name in names]
                 cells = [
-                    replace(cell, small="" if low is None else f"{low:.3f} to {high:.3f}")
+                    replace(cell, small="" if low is None else span(low, high, 3))
                     for cell, (low, high) in zip(cells, ends, strict=True)
                 ]
             rows.append((Shown(line.label), *cells))
@@ -142,7 +142,7 @@ def fluency(story: Story) -> Iterator[Board]:
             moved = [[new - old] for one in found for old, new in zip(one["before"], one["after"], strict=True)]
             low, high = limits(resampled(moved, 1)[:, 0] / 100)
             difference = Shown("–") if low is None or high is None else Shown(
-                signed(fmean(value for (value,) in moved), 2), f"{low:.2f} to {high:.2f}", "bad" if high < 0 else ""
+                signed(fmean(value for (value,) in moved), 2), span(low, high, 2), "bad" if high < 0 else ""
             )  # fmt: skip
             rows.append((Shown(line.label), over_seeds(before, "{:.2f}"), over_seeds(after, "{:.2f}"), difference))
     if rows:
@@ -191,7 +191,7 @@ def _written(story: Story, title: str, columns: Mapping[str, str], remark: str) 
 
 def _share(values: Mapping[tuple[int, str], float] | None) -> Shown:
     cell = cell_of(values)
-    return Shown("–") if cell is None else Shown(f"{cell}", f"{cell.low:.1f} to {cell.high:.1f}")
+    return Shown("–") if cell is None else Shown(f"{cell}", span(cell.low, cell.high))
 
 
 def _either(numbers: set[int]) -> str:

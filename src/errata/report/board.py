@@ -43,3 +43,8 @@ def over_seeds(values: Sequence[float | None], spell: str = "{:.1f}") -> Shown:
         return Shown("–")
     deviation = f" ± {spell.format(stdev(there))}" if len(there) > 1 else ""
     return Shown(spell.format(fmean(there)) + deviation)
+
+
+def span(low: float, high: float, digits: int = 1) -> str:
+    """An interval in words; with minus signs, not hyphens."""
+    return f"{low:.{digits}f} to {high:.{digits}f}".replace("-", "−")

@@ -163,12 +163,15 @@ def noise(story: Story) -> Picture | None:
 def by_age(story: Story) -> Picture | None:
     """Retention: at the last checkpoint, efficacy of the edits by when they were made."""
     blocks: dict[str, Curve] = {}
+    names: dict[float, str] = {}
     for one in story.lines:
         points: dict[float, list[float]] = {}
         for row in one.rows:
             for block in (row["metrics"].get("checkpoints") or [{}])[-1].get("by_age", []):
                 if block.get("efficacy_top") is not None:
-                    points.setdefault(sum(block["edits"]) / 2, []).append(block["efficacy_top"])
+                    first, last = block["edits"]
+                    names[(first + last) / 2] = f"{first}–{last}"
+                    points.setdefault((first + last) / 2, []).append(block["efficacy_top"])
         if len(points) > 1:
             blocks[one.label] = Curve.through(points)
     if not blocks:
@@ -186,7 +189,7 @@ def by_age(story: Story) -> Picture | None:
         legend_below(figure, handles)
         return figure
 
-    rows = [(label, *(f"{x:g}: {mean:.1f}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in blocks.items()]
+    rows = [(label, *(f"{names[x]}: {mean:.1f}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in blocks.items()]
     return Picture(
         "Retention by age",
         "At the end of the sequence: the share of edits that still hold, by their place in it (the middle of each block of edits).",
@@ -407,5 +410,5 @@ def _with_limits(cell: Any) -> str:
 def _table(first: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Headings and rows of "x: value" cells: a column for each x, with a dash where a row has none there."""
     found = [dict(cell.split(": ", 1) for cell in row[len(first) :]) for row in rows]
-    head = sorted({x for own in found for x in own}, key=float)
+    head = sorted({x for own in found for x in own}, key=lambda x: float(x.partition("–")[0]))  # "61–120" where a block is meant
     return (*first, *head), tuple((*row[: len(first)], *(own.get(x, "–") for x in head)) for row, own in zip(rows, found, strict=True))

@@ -12,7 +12,7 @@ import yaml
 
 from errata.bench.paired import Paired
 from errata.report import beside
-from errata.report.board import Board, Shown
+from errata.report.board import Board, Shown, span
 from errata.report.figures import Picture, pictures
 from errata.report.story import COLUMNS, Cell, Column, Story
 from errata.report.tables import Sheet
@@ -131,7 +131,7 @@ def _difference(pair: Paired) -> tuple[Shown, ...]:
     mood = "good" if pair.clear else ""
     sure = f"{100 * pair.sure:.1f} %" if pair.clear else f"{100 * pair.sure:.1f} %, not settled"
     return (
-        Shown(f"+{pair.difference:.1f}", mood=mood), Shown(f"{pair.low:.1f} to {pair.high:.1f}"), Shown(sure), Shown(str(pair.n)),
+        Shown(f"+{pair.difference:.1f}", mood=mood), Shown(span(pair.low, pair.high)), Shown(sure), Shown(str(pair.n)),
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def _measured(cell: Cell | None) -> Shown:
     if cell is None:
         return Shown("–")
     deviation = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
-    return Shown(f"{cell}{deviation}", f"{cell.low:.1f} to {cell.high:.1f}")
+    return Shown(f"{cell}{deviation}", span(cell.low, cell.high))
 
 
 def _title(story: Story) -> str:
