@@ -74,3 +74,14 @@ def test_a_table_of_sequences_over_seeds(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[0][:3] == ["method", "objective", "seed"]
     assert ["rome", "ce", "38", "90.0", "±1.2", "–", "2", "±0.5"] in lines
     assert ["rome", "ce", "10", "90.0", "±1.2", "–", "2", "±0.5"] in lines
+
+
+def test_what_was_measured_beside_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    """What nobody measured has no column."""
+    also = {"perplexity": {"before": 2.0, "after": 2.5}, "ability": {"cola": {"n": 4, "accuracy": {"before": 50.0, "after": 25.0}}}}
+    measured = row("rome")
+    measured["metrics"]["checkpoints"][-1]["also"] = also  # type: ignore[index]
+    show.table({"rows": [measured, row("memit")]})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["method", "objective", "perplexity", "ability"] in lines
+    assert ["rome", "ce", "2.50", "(+0.50)", "25.0", "(-25.0)"] in lines and ["memit", "ce", "–", "–"] in lines

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -127,6 +128,8 @@ def _sequences(results: Mapping[str, Any]) -> None:
                 cells = [_figure(mark.get(name)) for name in there]
                 drawn.add_row(*owner(row), str(mark["edits"]), *cells, _power(mark["noise"]), _power(mark["k_beta"]))
         _print(drawn)
+    if any("also" in mark for row in rows for mark in row["metrics"]["checkpoints"]):
+        _print(_beside(rows, owner, seeds))
     _print(
         Text(
             f"{rows[0]['protocol']}, {rows[0]['batch']} at a time, measured: {rows[0]['measure']}. "
@@ -136,6 +139,40 @@ def _sequences(results: Mapping[str, Any]) -> None:
             style="dim",
         )
     )
+
+
+def _moved(one: Mapping[str, float | None], digits: int = 1) -> str:
+    """What it is, and by how much it moved."""
+    before, after = one["before"], one["after"]
+    return "" if before is None or after is None else f"{after:.{digits}f} ({after - before:+.{digits}f})"
+
+
+def _able(also: Mapping[str, Any]) -> str:
+    """Accuracy in the mean over the tasks that have one."""
+    scores = [task["accuracy"] for task in also.get("ability", {}).values() if "accuracy" in task]
+    return _moved({when: fmean(one[when] for one in scores) for when in ("before", "after")}) if scores else ""
+
+
+BESIDE: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "perplexity": lambda also: _moved(also["perplexity"], 2) if "perplexity" in also else "",
+    "ability": _able,
+    "drift": lambda also: _figure(also["drift"]["relative_l2"], 3) if "drift" in also else "",
+    "fluency": lambda also: _moved(also["fluency"], 2) if "fluency" in also else "",
+    "as a question": lambda also: _figure(also["extended"]["after"]["question_exact"]) if "extended" in also else "",
+    "denied": lambda also: _figure(also["extended"]["after"]["negation"]) if "extended" in also else "",
+}
+"""Heading -> the cell, empty where nothing was measured."""
+
+
+def _beside(rows: Sequence[Mapping[str, Any]], owner: Callable[[Mapping[str, Any]], list[str]], seeds: Sequence[str]) -> Table:
+    """What was measured beside the cases at the end (`errata.bench.also`)."""
+    ends = [(row, (row["metrics"]["checkpoints"] or [{}])[-1].get("also", {})) for row in rows]
+    there = [name for name, cell in BESIDE.items() if any(cell(also) for _, also in ends)]
+    drawn = _with_columns(["method", "objective", *seeds], there)
+    drawn.title = "beside the cases, at the end (in brackets: the difference to the unedited model; errata report says more)"
+    for row, also in ends:
+        drawn.add_row(*owner(row), *(BESIDE[name](also) or "–" for name in there))
+    return drawn
 
 
 def _spreads(title: str, count: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]], there: Sequence[str]) -> Table:
