@@ -6,8 +6,6 @@ under its name: `before` and `after`. Their settings are given like a method's: 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -106,8 +104,7 @@ class Asked(Ability):
         return {name: digest(ability.find(name, self.data_dir)) for name in self.tasks if name in ability.TASKS}
 
     def take(self, lm: LanguageModel, about: About) -> dict[str, ability.Scores]:
-        with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars, several a task
-            return ability.measure(lm, self.tasks, self.by, self.limit, self.data_dir)
+        return ability.measure(lm, self.tasks, self.by, self.limit, self.data_dir)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ harness goes by its own name, with what it downloads. `errata[ability]` brings t
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     from errata.lm import LanguageModel
@@ -219,9 +222,11 @@ def _harness(lm: LanguageModel, tasks: Sequence[Any], limit: int | None) -> dict
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = any(isinstance(task, dict) for task in tasks)
     manager = TaskManager(include_defaults=not own)  # the index of all tasks takes a quarter of a minute
-    found: dict[str, Any] = simple_evaluate(
-        model=Live(lm), tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=own, verbosity="ERROR"
-    )
+    # Its bars, several a task, and what git says of a folder that is no repository, are of no use to whoever asked.
+    with redirect_stderr(io.StringIO()), patch("lm_eval.evaluator.get_git_commit_hash", lambda: ""):
+        found: dict[str, Any] = simple_evaluate(
+            model=Live(lm), tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=own, verbosity="ERROR"
+        )
     return found
 
 
