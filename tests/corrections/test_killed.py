@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
-@pytest.mark.parametrize(("kind", "requests"), [("api", 100), ("cli", 30)])
-def test_killed_again_and_again_it_ends_at_the_same_weights(kind: str, requests: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "requests", "places"), [("api", 100, 12), ("cli", 30, 4)])
+def test_killed_again_and_again_it_ends_at_the_same_weights(kind: str, requests: int, places: int, tmp_path: Path) -> None:
     """Half of them come at random times, half before a random operation on the disk; `verify` passes after each of them."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.corrections.killed", kind, str(tmp_path)],
@@ -31,4 +31,4 @@ def test_killed_again_and_again_it_ends_at_the_same_weights(kind: str, requests:
     assert told["last"] == told["whole"] and told["left"] == []
     _, made, rejected = told["whole"]
     assert made + rejected == requests and made > 0 and rejected > 0, "both kinds of ends are there"
-    assert len({tuple(place) for place in told["places"]}) > 8, "killed at many places"
+    assert len({tuple(place) for place in told["places"]}) > places, "killed at many places"
