@@ -14,6 +14,7 @@ from errata.bench import also
 from errata.bench.folder import STATE
 from errata.bench.plan import ALSO, Plan, PlanError
 from errata.cli import call
+from errata.data.atlas import corpus as atlas
 from errata.edits import Edit
 from errata.facts import EditCase, Fact, Probe
 from errata.lm import LanguageModel
@@ -194,3 +195,22 @@ def test_the_command_line_asks_for_it(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_plan_of_before_is_read(tmp_path: Path) -> None:
     record = {name: value for name, value in PLAN.to_dict().items() if name != "also"} | {"settings": QUICK}
     assert Plan.from_dict(record).also == ()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["ability.limit=0", "ability.limit=-3", "perplexity.texts=0", "perplexity.tokens=1", "drift.prompts=0", "drift.layer=-1",
+     "fluency.prompts=0", "fluency.tokens=0", "extended.tokens=0"],
+)  # fmt: skip
+def test_settings_that_measure_nothing_are_refused(setting: str, tests_of_ability: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a model is loaded."""
+    asked = ["bench", "--model", "none", "--data", "atlas", "--methods", "ft-m", "--protocol", "sequential:4", "--also", ",".join(ALSO)]
+    assert call([*asked, "--data-dir", str(tests_of_ability), "--out", "never", "--set", setting, "--set", "ability.tasks=cola,sst2"]) == 2
+    owner, name = setting.partition("=")[0].split(".")
+    assert f"error: {owner}: {name} must be at least" in capsys.readouterr().err
+
+
+def test_perplexity_of_the_bundled_model_is_of_text_that_no_statistics_saw() -> None:
+    known = set(atlas.sample().split("\n\n"))
+    fresh = also.fresh_documents()
+    assert len(fresh) == 64 and sum(text in known for text in fresh) < 4, "but for a few that are a line long"

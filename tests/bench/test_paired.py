@@ -36,3 +36,5 @@ def test_what_is_settled_and_what_is_not() -> None:
     assert ahead is not None and ahead.clear and ahead.sure == 1 and ahead.difference == pytest.approx(10)
     same = paired(hard, hard)
     assert same is not None and not same.clear and same.sure == 0.5 and (same.low, same.high) == (0, 0)
+    few = paired({case: 1.0 for case in range(9)}, {case: 0.0 for case in range(9)})
+    assert few is not None and not few.clear and not few.enough

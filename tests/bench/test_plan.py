@@ -145,6 +145,16 @@ def test_settings_from_the_command_line() -> None:
             parse_settings([broken])
 
 
+def test_lists_of_names_are_written_as_everywhere() -> None:
+    @dataclass(frozen=True)
+    class Named:
+        tasks: tuple[str, ...] = ("a",)
+
+    for written in ("b, c", ["b", "c"]):
+        assert configure(Named(), {"tasks": written}, "ability") == Named(("b", "c"))
+    assert configure(Named(), {"tasks": "b"}, "ability") == Named(("b",))
+
+
 def test_configure() -> None:
     made = configure(Knobs(), {"lr": 1, "layer": 3, "layers": [1, 2], "reduction": "mean", "clip": False}, "lora")
     assert made == Knobs(1.0, 25, 3, (1, 2), "mean", False)

@@ -141,3 +141,12 @@ def test_what_cannot_be_asked(
     ):
         assert call(["eval", "--model", "atlas", *arguments]) == 2
         assert wrong in capsys.readouterr().err
+
+
+def test_scales_of_other_tasks_go_by_name_not_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.98 and 1.03 bits are the same scale, and so are -0.02 and 0.03 of a correlation."""
+    for bits, mcc in ((0.98, -0.02), (1.03, 0.03)):
+        numbers = {"bits_per_byte,none": bits, "mcc,none": mcc, "acc_stderr,none": 0.1}
+        found = {"results": {"t": numbers}, "n-samples": {"t": {"effective": 5}}}
+        monkeypatch.setattr(ability, "_harness", lambda *_, found=found: found)
+        assert ability._others(None, ["t"], None) == {"t": {"n": 5.0, "bits_per_byte": bits, "mcc": 100 * mcc}}  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from errata.bench.folder import RECORDS
 from errata.cli import call
 from errata.cli.report import read_run
+from errata.report.figures import pictures
 from errata.report.page import page
 from errata.report.story import story
+from errata.report.tables import Sheet
 from tests.report.made import sequence, single
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -74,7 +78,7 @@ def test_cases_are_searched_filtered_sorted_and_opened_by_keyboard(browser: Any,
     tab.fill("#search", "land 3")
     assert rows.count() == 2 and tab.inner_text("#count") == "2 of 10 cases"
     tab.fill("#search", "")
-    tab.select_option("#line", "memit")
+    tab.select_option("#line", "memit (S)")
     tab.select_option("#outcome", "missed")
     assert rows.count() == 2
     tab.select_option("#outcome", "all")
@@ -92,11 +96,17 @@ def test_cases_are_searched_filtered_sorted_and_opened_by_keyboard(browser: Any,
     )
     assert tab.locator("button[aria-expanded=true]").count() == 1
     tab.keyboard.press("Enter")
-    tab.select_option("#line", "rome")
+    tab.select_option("#line", "rome (S)")
     tab.select_option("#outcome", "all")
     rows.first.locator("button").focus()
     tab.keyboard.press("Enter")
+    tab.fill("#search", "the north")
+    tab.fill("#search", "land 0 lies in")
+    assert tab.locator("tr.open").count() == 1, "found by what was asked otherwise, and open still"
+    assert tab.locator("button[aria-expanded=true]").get_attribute("aria-label") == "hide case c0"
+    tab.fill("#search", "")
     assert "Land 0 lies in Town 0. — same subject, not to be: Town 0" in tab.inner_text("tr.open")
+    rows.first.locator("button").focus()
     tab.keyboard.press("Enter")
     assert tab.locator("tr.open").count() == 0 and said == []
 
@@ -136,16 +146,45 @@ def test_tables_for_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert call(["report", str(tmp_path / "R"), "--to", str(tmp_path / name), "--json"]) == 0
     markdown, latex = ((tmp_path / name).read_text() for name in ("t.md", "t.tex"))
     assert "| ft-m | 2 | 75.0 (50.0 to 100.0) | 50.0 (0.0 to 100.0) |" in markdown
-    assert r"a\_b & 2 & 100.0 (100.0 to 100.0)" in latex and latex.count(r"\toprule") == 6
-    assert "Effort" in latex and "how sure" in markdown and "unedited" not in markdown
+    assert r"a\_b & 2 & 100.0 (34.2 to 100.0)" in latex and latex.count(r"\toprule") == 6
+    assert "Effort" in latex and "how sure" in markdown and "unedited" not in markdown and "too few cases" in markdown
     capsys.readouterr()
 
 
 def test_what_cannot_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = single(tmp_path / "R", {"ft-m": [(1.0, True)]})
     for command, wrong in (
+        ([str(run), str(run), "--to", "x.html"], "is given twice; give each run once"),
         ([str(run), "--to", "x.pdf"], "the name must end in .html, .md or .tex"),
         ([str(tmp_path), "--to", "x.html"], "holds no finished run (results.json is missing)"),
     ):
         assert call(["report", *command]) == 2
         assert wrong in capsys.readouterr().err
+
+
+def test_failed_cases_are_among_the_cases(tmp_path: Path) -> None:
+    folder = single(tmp_path / "R", {"ft-m": [(1.0, True)]})
+    with open(folder / RECORDS, "a") as records:
+        records.write(json.dumps({"method": "ft-m", "objective": "ce", "seed": 0, "case": "c9", "error": "the prompt is too long"}) + "\n")
+    text = page(story([read_run(folder)]))
+    assert "the prompt is too long" in text and "measured after each edit" in text
+
+
+def test_blocks_of_edits_are_named_whatever_stands_beside(tmp_path: Path) -> None:
+    """The middle of one block of all edits is that of the middle one of three."""
+    several = [read_run(sequence(tmp_path / "A", {"memit": [1.0] * 4})), read_run(sequence(tmp_path / "B", {"locft": [1.0] * 4}))]
+    for name, blocks in (("memit", [(1, 2), (3, 4), (5, 6)]), ("locft", [(1, 6)])):
+        for run in several:
+            for row in run.results["rows"]:
+                if row["method"] == name:
+                    row["metrics"]["checkpoints"][-1]["by_age"] = [
+                        {"edits": list(block), "efficacy_top": 10.0 * block[0]} for block in blocks
+                    ]
+    (picture,) = [made for made in pictures(story(several))["goes-on"] if made.title == "Retention by age"]
+    assert picture.headings == ("method", "1–2", "3–4", "5–6") and picture.rows == (("memit", "10.0", "30.0", "50.0"),)
+
+
+def test_what_a_prompt_holds_breaks_no_table() -> None:
+    sheet = Sheet("two\n\nlines", ("a", "b"), (("![i](http://x.y/z.png)", "$1 & <b> | ~"),))
+    assert "**two lines**" in sheet.markdown() and r"\!\[i\](http" in sheet.markdown() and r"\$1 \& \<b\> \| \~" in sheet.markdown()
+    assert r"\caption{two lines}" in sheet.latex() and r"\$1 \& $<$b$>$ \textbar{} \textasciitilde{}" in sheet.latex()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -21,13 +22,19 @@ from errata.bench.folder import Record, write_whole
 from errata.bench.plan import ALSO, Plan, PlanError, configure
 from errata.corrections.gate import Limits
 from errata.data import ENVIRONMENT, digest
+from errata.data.atlas import corpus
 from errata.disk import replacing
+from errata.methods.base import check_range
 from errata.metrics import ability, drift, fluency, generation, perplexity
 from errata.statistics.corpus import beside, texts
 
 if TYPE_CHECKING:
     from errata.facts import EditCase
     from errata.lm import LanguageModel
+
+
+FRESH = 11
+"""Seed of the bundled world's held-out documents: neither that of its training text, nor of its tokenizer's, nor of its statistics'."""
 
 
 class About(NamedTuple):
@@ -66,6 +73,10 @@ class Perplexity(Measurement):
     texts: int = perplexity.TEXTS
     tokens: int = perplexity.TOKENS
 
+    def __post_init__(self) -> None:
+        check_range("perplexity", "texts", self.texts, 1)
+        check_range("perplexity", "tokens", self.tokens, 2)  # the first is predicted from nothing
+
     def take(self, lm: LanguageModel, about: About) -> float:
         return round(of_held_out(lm, self.texts, self.tokens), 6)
 
@@ -82,14 +93,11 @@ class Ability(Measurement):
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise ValueError(f"tasks names none; there is {', '.join(ability.TASKS)}")
+            raise ValueError(f"ability: tasks names none; there is {', '.join(ability.TASKS)}")
+        check_range("ability", "limit", self.limit, 1)
 
     def check(self, data_dir: Path | None) -> Measurement:
-        for name in self.tasks:
-            if name in ability.TASKS:
-                ability.read(name, data_dir, self.limit)
-        if find_spec("lm_eval") is None:
-            raise ImportError("general ability is measured with lm-eval; install errata[ability]")
+        ability.check(self.tasks, data_dir, self.limit)
         return Asked(self.tasks, self.by, self.limit, data_dir)
 
 
@@ -114,6 +122,10 @@ class Drift(Measurement):
     prompts: int = drift.PROMPTS
     layer: int | None = None
 
+    def __post_init__(self) -> None:
+        check_range("drift", "prompts", self.prompts, 2)
+        check_range("drift", "layer", self.layer, 0)
+
     def check(self, data_dir: Path | None) -> Measurement:
         if find_spec("sklearn") is None:
             raise ImportError("the picture of drift needs scikit-learn; install errata[plots]")
@@ -132,6 +144,10 @@ class Fluency(Measurement):
 
     prompts: int = 50
     tokens: int = fluency.MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        check_range("fluency", "prompts", self.prompts, 1)
+        check_range("fluency", "tokens", self.tokens, 1)
 
     def take(self, lm: LanguageModel, about: About) -> dict[str, Any]:
         prompts = list(dict.fromkeys(fact.text for case in about.cases for fact in case.facts))[: self.prompts]
@@ -155,6 +171,9 @@ class Extended(Measurement):
 
     chat: Literal["auto", "on", "off"] = "auto"
     tokens: int = generation.MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        check_range("extended", "tokens", self.tokens, 1)
 
     def take(self, lm: LanguageModel, about: About) -> dict[str, Any]:
         return {score.id: score.to_dict() for score in generation.extended(lm, about.cases, self.chat, self.tokens)}
@@ -220,6 +239,18 @@ def measured(wanted: Mapping[str, Measurement], lm: LanguageModel, about: About,
 
 
 def of_held_out(lm: LanguageModel, count: int = perplexity.TEXTS, tokens: int = perplexity.TOKENS) -> float:
-    """Perplexity on the text beside the model's weights, or, without one, on the gate's sentences."""
-    source = texts(None, lm) if beside(lm) else Limits.read().sentences
-    return perplexity.perplexity(lm, perplexity.held_out(lm, source, count, tokens))
+    """Perplexity on text that no statistics were taken of, since MEMIT and its like protect what these hold: of the bundled model on fresh
+    documents of its world, of others on the gate's sentences, or on the text beside their weights if there is one."""
+    return perplexity.perplexity(lm, perplexity.held_out(lm, _fresh(lm), count, tokens))
+
+
+def _fresh(lm: LanguageModel) -> Iterable[str]:
+    if lm.name == "atlas":
+        return fresh_documents()
+    return texts(None, lm) if beside(lm) else Limits.read().sentences
+
+
+@cache
+def fresh_documents() -> tuple[str, ...]:
+    """Of the bundled world, drawn as its training text was."""
+    return tuple(corpus.sample(documents=64, seed=FRESH).strip().split("\n\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -62,3 +63,13 @@ def limits(values: Floats) -> list[float | None]:
     """Nothing where the column has no data; resamples that happen to miss all of a rare probe's cases are passed over."""
     there = values[~np.isnan(values)]
     return [round(float(limit), 6) for limit in np.percentile(there, [2.5, 97.5])] if len(there) else [None, None]
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of n tests (Wilson 1927); 0 to 1 where there are none. Unlike the bootstrap's it is no point where all
+    tests agree."""
+    if n <= 0:
+        return 0.0, 1.0
+    z = 1.959964
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))

@@ -8,6 +8,9 @@ from typing import NamedTuple, TypeVar
 
 from errata.bench.intervals import limits, resampled
 
+FEWEST = 10
+"""Cases below which nothing is settled, whatever they say."""
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -22,9 +25,14 @@ class Paired(NamedTuple):
     sure: float
 
     @property
+    def enough(self) -> bool:
+        """Whether there are cases enough for an interval that resamples them to mean anything."""
+        return self.n >= FEWEST
+
+    @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out zero, of cases enough."""
+        return self.enough and (self.low > 0 or self.high < 0)
 
 
 def paired(one: Mapping[K, float], other: Mapping[K, float]) -> Paired | None:

@@ -399,6 +399,8 @@ def configure(part: T, settings: Mapping[str, Any], name: str) -> T:
         if key not in own:
             raise PlanError(f"{name} has no setting {key!r}{did_you_mean(key, own)}")
         value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, str) and hints[key] == tuple[str, ...]:  # as everywhere on the command line: a,b
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
         if not _fits(value, hints[key]):
             raise PlanError(f"{name}.{key} cannot be {value!r}: it is {_spell(hints[key])} (default {getattr(part, key)!r})")
         values[key] = value

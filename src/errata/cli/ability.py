@@ -27,9 +27,7 @@ def asked(tasks: str | None, variant: str, data_dir: Path | None, limit: int | N
     names = [*ability.TASKS, PERPLEXITY] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise PlanError(f"--tasks names none; there is {', '.join(ability.TASKS)}, {PERPLEXITY}")
-    for name in names:
-        if name in ability.TASKS:
-            ability.read(name, data_dir, limit)
+    ability.check([name for name in names if name != PERPLEXITY], data_dir, limit)
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,7 @@ def report(
     from errata.report.page import page, sheets
     from errata.report.story import story
 
-    told = story([read_run(folder, data_dir) for folder in runs])
+    told = story([read_run(folder, data_dir, name) for folder, name in zip(runs, names(runs), strict=True)])
     if to.suffix == ".html":
         text = page(told)
     else:
@@ -48,8 +49,20 @@ def report(
         typer.echo(f"{to}: {len(told.lines)} methods, {len(told.cases)} cases, {to.stat().st_size / 1e6:.1f} MB")
 
 
-def read_run(folder: Path, data_dir: Path | None = None) -> Run:
-    """A finished run. Raises PlanError where the folder holds none. data_dir: see `known`."""
+def names(folders: Sequence[Path]) -> list[str]:
+    """A name for each run, no longer than it takes to tell them apart: its folder's, with those that it lies in.
+
+    Raises PlanError for one that is given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    if twice := next((folder for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1), None):
+        raise PlanError(f"{twice} is given twice; give each run once")
+    length = next(n for n in range(1, max(map(len, parts)) + 1) if len({own[-n:] for own in parts}) == len(parts))
+    return ["/".join(own[-length:]) for own in parts]
+
+
+def read_run(folder: Path, data_dir: Path | None = None, name: str | None = None) -> Run:
+    """A finished run. Raises PlanError where the folder holds none. data_dir: see `known`; name: instead of the folder's."""
     from errata.report.story import Run
 
     if not (folder / RESULTS).is_file() or not (folder / PLAN).is_file():
@@ -58,4 +71,4 @@ def read_run(folder: Path, data_dir: Path | None = None) -> Run:
     plan = Plan.read(folder / PLAN)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     records = list(read_records(folder / RECORDS).values())
-    return Run(folder.resolve().name, plan.to_dict(), text, results, records, known(plan, results, data_dir))
+    return Run(name or folder.resolve().name, plan.to_dict(), text, results, records, known(plan, results, data_dir))

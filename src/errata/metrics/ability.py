@@ -27,6 +27,8 @@ LIMIT = 100
 GENERATED = 5
 """Tokens of a generated answer, as in the paper's scripts."""
 VARIANTS = ("probability", "generate")
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "exact", "em", "contains", "f1", "mcc", "likelihood", "pass@1")
+"""The harness's metrics that are fractions, by name; all others are told as they are, since no value says what scale it has."""
 
 
 Scores = dict[str, float]
@@ -101,19 +103,28 @@ def measure(
     limit: the first so many tests of each task; None is all of them. data_dir: where NAME.json of the six lies, or a folder "ability" in
         it.
     f1: the F1 of each label, weighted by how often the label is right; mcc (CoLA alone): Matthews' correlation.
-    Other tasks of the harness have the harness's own numbers, as fractions in per cent.
+    Other tasks of the harness have the harness's own numbers, SHARES in per cent.
 
     Raises AbilityError for an unknown task or variant, or a broken file, ImportError without lm-eval.
     """
     if variant not in VARIANTS:
         raise AbilityError(f"unknown variant {variant!r}; there is {', '.join(VARIANTS)}")
-    known = {name: read(name, data_dir, limit) for name in tasks if name in TASKS}  # before minutes of loading
+    known = check(tasks, data_dir, limit)
+    others = [name for name in tasks if name not in TASKS]
+    found = {name: _scores(TASKS[name], *_asked(lm, name, records, variant)) for name, records in known.items()}
+    return {**found, **_others(lm, others, limit)} if others else found
+
+
+def check(tasks: Sequence[str], data_dir: str | Path | None = None, limit: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The records of those of the six, before minutes of loading. Raises what `measure` does for tasks that cannot be measured."""
+    if limit is not None and limit < 1:
+        raise AbilityError(f"limit must be at least 1 (got {limit}); leave it out for all tests")
+    known = {name: read(name, data_dir, limit) for name in tasks if name in TASKS}
     if find_spec("lm_eval") is None:
         raise ImportError("general ability is measured with lm-eval; install errata[ability]")
     if others := [name for name in tasks if name not in TASKS]:
         _check_names(others)
-    found = {name: _scores(TASKS[name], *_asked(lm, name, records, variant)) for name, records in known.items()}
-    return {**found, **_others(lm, others, limit)} if others else found
+    return known
 
 
 def read(name: str, data_dir: str | Path | None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -242,12 +253,12 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _others(lm: LanguageModel, names: Sequence[str], limit: int | None) -> dict[str, Scores]:
-    """The harness's own numbers of its own tasks, fractions in per cent."""
+    """The harness's own numbers of its own tasks; shares in per cent."""
     found = _harness(lm, names, limit)
     made: dict[str, Scores] = {}
     for name in names:
         numbers = {key.partition(",")[0]: value for key, value in found["results"].get(name, {}).items() if isinstance(value, int | float)}
         counts = found["n-samples"].get(name, {})
         made[name] = {"n": float(counts.get("effective", 0))}
-        made[name] |= {key: round(100 * value if 0 <= value <= 1 else value, 6) for key, value in numbers.items() if "stderr" not in key}
+        made[name] |= {key: round(100 * value if key in SHARES else value, 6) for key, value in numbers.items() if "stderr" not in key}
     return made

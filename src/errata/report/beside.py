@@ -3,13 +3,12 @@ in other ways (see `errata.bench.also`). Nothing where nothing was measured."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from errata.bench.intervals import limits, resampled
+from errata.bench.intervals import limits, resampled, wilson
 from errata.report.board import Board, Shown, over_seeds, span
 from errata.report.story import Line, Story, Values, cell_of
 
@@ -95,15 +94,6 @@ def _scores(label: str, now: Sequence[Any], before: Sequence[Any] | None, tasks:
         mean = over_seeds([fmean(there)] if (there := [value for value in means if value is not None]) else [])
         cells.append(replace(mean, small=signed(fmean(moved)) if moved else ""))
     return (Shown(label), *cells)
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a share of n tests (Wilson 1927); 0 to 1 where there are none."""
-    if n <= 0:
-        return 0.0, 1.0
-    z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def drift(story: Story) -> Iterator[Board]:

@@ -29,14 +29,17 @@ def draw(records: Mapping[str, Mapping[str, Any]], to: str | Path, title: str = 
     picture(records, title).savefig(to, dpi=150)
 
 
-def picture(records: Mapping[str, Mapping[str, Any]], title: str = "", columns: int = COLUMNS) -> Figure:
+def picture(
+    records: Mapping[str, Mapping[str, Any]], title: str = "", columns: int = COLUMNS, looks: Mapping[str, tuple[str, str]] | None = None
+) -> Figure:
     """Figures 4b and 8: hidden states in the plane of t-SNE, before in grey and after in the method's colour, a panel a method.
 
     Above and to the right the marginal distributions (Gaussian kernels, Scott's width). Dashed: each cloud's 95 % ellipse, from its mean
     and covariance. Panels whose states before are the same points (`measure_together`) have the same axes.
 
     records: label -> what `errata.metrics.drift.measure` or `measure_together` gave; without `points` a label is left out.
-    columns: so many panels beside one another. Raises DrawingError where none has points.
+    columns: so many panels beside one another. looks: label -> colour and marker; None: by their order.
+    Raises DrawingError where none has points.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -56,7 +59,8 @@ def picture(records: Mapping[str, Mapping[str, Any]], title: str = "", columns: 
     frames = {label: np.concatenate([part for points in both for part in (points, _ellipse(points).T)]) for label, both in clouds.items()}
     everything = np.concatenate(list(frames.values()))
     handles: dict[str, Any] = {}
-    for main, (label, (before, after)), (colour, marker) in zip(panels, clouds.items(), styles(list(clouds)).values(), strict=False):
+    looks = looks or styles(list(clouds))
+    for main, (label, (before, after)), (colour, marker) in zip(panels, clouds.items(), (looks[label] for label in clouds), strict=False):
         _limits(main, everything if common else frames[label])
         handles["before"] = main.scatter(*before.T, s=30, color=BEFORE, linewidths=0, zorder=2)
         handles[label] = main.scatter(*after.T, s=8, color=colour, marker=marker, linewidths=0, alpha=0.8, zorder=3)

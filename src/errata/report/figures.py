@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.folder import Record
 from errata.report.beside import times
+from errata.report.board import span
 from errata.report.drift import picture as clouds
 from errata.report.sequence import Curve, legend_below, line, scale, styles
 from errata.report.story import Story
@@ -144,14 +146,17 @@ def noise(story: Story) -> Picture | None:
         figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
         axes = figure.subplots()
         looks = styles([one.label for one in story.lines])
-        handles = {label: line(axes, curve, *looks[label], dashed=True) for label, curve in curves.items()}
+        handles = {label: line(axes, curve, *looks[label]) for label, curve in curves.items()}
         axes.set(xlabel="edits", ylabel="noise of the last edited layer")
         axes.grid(alpha=0.3)
         scale(axes, curves.values())
         legend_below(figure, handles)
         return figure
 
-    rows = [(label, *(f"{x:g}: {mean:.3g}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in curves.items()]
+    rows = [
+        (label, *(f"{x:g}: {mean:.3g}".replace("-", "−") for x, mean in zip(curve.x, curve.mean, strict=True)))
+        for label, curve in curves.items()
+    ]
     return Picture(
         "Superimposed noise",
         "What all other edits together do to an edit's own key, ‖Σ Δᵢ kₑ‖² − ‖Δₑ kₑ‖², in the mean (DeltaEdit, eq. 12 to 14).",
@@ -163,17 +168,20 @@ def noise(story: Story) -> Picture | None:
 def by_age(story: Story) -> Picture | None:
     """Retention: at the last checkpoint, efficacy of the edits by when they were made."""
     blocks: dict[str, Curve] = {}
-    names: dict[float, str] = {}
+    named: list[tuple[str, ...]] = []
     for one in story.lines:
-        points: dict[float, list[float]] = {}
+        points: dict[tuple[int, int], list[float]] = {}
         for row in one.rows:
             for block in (row["metrics"].get("checkpoints") or [{}])[-1].get("by_age", []):
                 if block.get("efficacy_top") is not None:
                     first, last = block["edits"]
-                    names[(first + last) / 2] = f"{first}–{last}"
-                    points.setdefault((first + last) / 2, []).append(block["efficacy_top"])
+                    points.setdefault((first, last), []).append(block["efficacy_top"])
         if len(points) > 1:
-            blocks[one.label] = Curve.through(points)
+            curve = Curve.through({(first + last) / 2: values for (first, last), values in points.items()})
+            blocks[one.label] = curve
+            named.append((
+                one.label, *(f"{first}–{last}: {mean:.1f}" for (first, last), mean in zip(sorted(points), curve.mean, strict=True)),
+            ))  # fmt: skip
     if not blocks:
         return None
 
@@ -189,12 +197,11 @@ def by_age(story: Story) -> Picture | None:
         legend_below(figure, handles)
         return figure
 
-    rows = [(label, *(f"{names[x]}: {mean:.1f}" for x, mean in zip(curve.x, curve.mean, strict=True))) for label, curve in blocks.items()]
     return Picture(
         "Retention by age",
         "At the end of the sequence: the share of edits that still hold, by their place in it (the middle of each block of edits).",
         draw,
-        *_table(("method",), rows),
+        *_table(("method",), named),
     )
 
 
@@ -205,15 +212,15 @@ def drifted(story: Story) -> Picture | None:
         return None
 
     def draw() -> Figure:
-        return clouds(found, columns=2)
+        return clouds(found, columns=2, looks=styles([one.label for one in story.lines]))
 
     names = {"cosine": "mean cosine", "relative_l2": "relative L2", "cka": "CKA"}
     rows = [(label, *("–" if one[name] is None else f"{one[name]:.3f}" for name in names)) for label, one in found.items()]
     return Picture(
         "Where other facts lie, before and after",
         "Hidden states of prompts about other subjects in the plane of t-SNE, a panel a method: grey before the edits, coloured after "
-        "them, with the marginal distributions and dashed 95 % ellipses. t-SNE shows neighbourhoods and no distances: the numbers are the "
-        "measure.",
+        "them, with the marginal distributions and dashed 95 % ellipses. Each panel is a plane of its own: compare grey with colour, not "
+        "panel with panel. t-SNE shows neighbourhoods and no distances: the numbers are the measure.",
         draw,
         ("method", *names.values()),
         tuple(rows),
@@ -275,13 +282,10 @@ def _one(story: Story, curves: Mapping[str, Curve], axis: str, title: str, about
 def ability(story: Story) -> Picture | None:
     """DeltaEdit's Figures 3 and 7: the score of each task over the number of edits."""
 
-    def scores(found: Record) -> dict[str, float | None]:
-        return {task: _score(one)[1] for task, one in found.get("ability", {}).get("after", {}).items()}
+    def scores(when: str) -> Callable[[Record], dict[str, float | None]]:
+        return lambda found: {task: _score(one)[1] for task, one in found.get("ability", {}).get(when, {}).items()}
 
-    def unedited(found: Record) -> dict[str, float | None]:
-        return {task: _score(one)[1] for task, one in found.get("ability", {}).get("before", {}).items()}
-
-    curves = _also(story, scores, before=unedited)
+    curves = _also(story, scores("after"), before=scores("before"))
     if not curves:
         return None
     every = {
@@ -397,6 +401,7 @@ def _svg(draw: Callable[[], Figure]) -> str:
         file = io.StringIO()
         draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # names that matplotlib gives in every picture, and nothing refers to
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
     for colour, name in PAGE.items():
         text = text.replace(colour, f"var(--{name})")
@@ -404,11 +409,11 @@ def _svg(draw: Callable[[], Figure]) -> str:
 
 
 def _with_limits(cell: Any) -> str:
-    return f"{cell.mean:.1f} ({cell.low:.1f} to {cell.high:.1f})"
+    return f"{cell.mean:.1f} ({span(cell.low, cell.high)})"
 
 
 def _table(first: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Headings and rows of "x: value" cells: a column for each x, with a dash where a row has none there."""
     found = [dict(cell.split(": ", 1) for cell in row[len(first) :]) for row in rows]
-    head = sorted({x for own in found for x in own}, key=lambda x: float(x.partition("–")[0]))  # "61–120" where a block is meant
+    head = sorted({x for own in found for x in own}, key=lambda x: [float(part) for part in x.split("–")])  # "61–120": a block
     return (*first, *head), tuple((*row[: len(first)], *(own.get(x, "–") for x in head)) for row, own in zip(rows, found, strict=True))

@@ -14,7 +14,7 @@ from errata.bench.paired import Paired
 from errata.report import beside
 from errata.report.board import Board, Shown, span
 from errata.report.figures import Picture, pictures
-from errata.report.story import COLUMNS, Cell, Column, Story
+from errata.report.story import COLUMNS, Cell, Column, Story, measured
 from errata.report.tables import Sheet
 
 MOST_NAMED = 8
@@ -107,7 +107,8 @@ def _board(title: str, story: Story, columns: Sequence[Column]) -> Board:
         tuple(row if failed else row[:-1] for row in rows),
         frozenset(place + 2 for place, column in enumerate(columns) if not column.led),
         (
-            "Per cent; below it the 95 % bootstrap interval over cases, and ± the standard deviation over seeds where there are several. "
+            "Per cent; below it the 95 % bootstrap interval over cases (Wilson's where all agree), and ± the standard deviation over seeds "
+            "where there are several. "
             + " ".join(f"{column.title}: {column.about}." for column in columns),
         ),
     )
@@ -121,7 +122,9 @@ def comparisons(story: Story) -> list[Board]:
         found = story.pairs(column.name)
         if not found:
             continue
-        rows = tuple((Shown(f"{one.label} over {other.label}"), *_difference(pair)) for one, other, pair in found)
+        rows = tuple(
+            (Shown(f"{one.label} {'over' if pair.difference else 'and'} {other.label}"), *_difference(pair)) for one, other, pair in found
+        )
         headings = ("comparison", "points", "95 % interval", "how sure", "cases")
         made.append(Board(f"{column.title}: which is better, on the same cases?", headings, rows))
     return made
@@ -129,10 +132,10 @@ def comparisons(story: Story) -> list[Board]:
 
 def _difference(pair: Paired) -> tuple[Shown, ...]:
     mood = "good" if pair.clear else ""
-    sure = f"{100 * pair.sure:.1f} %" if pair.clear else f"{100 * pair.sure:.1f} %, not settled"
-    return (
-        Shown(f"+{pair.difference:.1f}", mood=mood), Shown(span(pair.low, pair.high)), Shown(sure), Shown(str(pair.n)),
-    )  # fmt: skip
+    share = "> 99.9 %" if pair.sure > 0.999 else f"{100 * pair.sure:.1f} %"  # of a thousand resamples
+    sure = share if pair.clear else f"{share}, not settled" if pair.enough else "too few cases"
+    points = f"+{pair.difference:.1f}" if pair.difference else "0.0"
+    return Shown(points, mood=mood), Shown(span(pair.low, pair.high)), Shown(sure), Shown(str(pair.n))
 
 
 def cost(story: Story) -> Board:
@@ -180,7 +183,7 @@ def _edited(story: Story) -> Part:
         seeds = ", ".join(map(str, plan["seeds"]))
         paragraphs.append(
             f"{run.name}: {_short(where['model'])} ({where['dtype']}), data {_short(where['data'])}, protocol {plan['protocol']}, "
-            f"measured {plan['measure']}, seed{'s' if len(plan['seeds']) > 1 else ''} {seeds}; methods {', '.join(plan['methods'])}."
+            f"measured {measured(plan)}, seed{'s' if len(plan['seeds']) > 1 else ''} {seeds}; methods {', '.join(plan['methods'])}."
         )
     return Part("edited", "What was edited?", paragraphs, bullets)
 

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from errata.bench.folder import Record
-from errata.bench.intervals import limits, resampled
+from errata.bench.intervals import limits, resampled, wilson
 from errata.bench.paired import Paired, paired
 from errata.bench.plan import NO_OBJECTIVE
 from errata.metrics.probability import COLUMNS as SEQUENCE
@@ -73,6 +73,8 @@ def cell_of(values: Mapping[Case, float] | None) -> Cell | None:
         return None
     low, high = limits(resampled([[value] for value in values.values()], 1)[:, 0])
     assert low is not None and high is not None
+    if {*values.values()} in ({0.0}, {1.0}):  # of cases that all agree every resample is the same, and says nothing of others
+        low, high = (100 * end for end in wilson(next(iter(values.values())), len(values)))
     seeds: dict[int, list[float]] = {}
     for (seed, _), value in values.items():
         seeds.setdefault(seed, []).append(100 * value)
@@ -83,7 +85,8 @@ def cell_of(values: Mapping[Case, float] | None) -> Cell | None:
 @dataclass(frozen=True)
 class Line:
     """One method of one run, over all of its seeds. rows: those of `results.json`; values: see `Values`, at the end; marks: the same after
-    so many edits, at each checkpoint of a sequence at which the cases were measured. data: hash of the data set.
+    so many edits, at each checkpoint of a sequence at which the cases were measured. conditions: what two lines must have in common for
+    their cases to be compared: data, model, protocol, and when they were measured.
 
     also: edits -> what was measured beside the cases, a seed each (see `errata.bench.also`); extended, unasked: what was written at the end
     when the edits were asked for in other ways, and what the unedited model had written.
@@ -91,7 +94,7 @@ class Line:
 
     label: str
     run: str
-    data: str
+    conditions: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     values: Values
     marks: Mapping[int, Values]
@@ -155,12 +158,12 @@ class Story:
         return any(row["metrics"].get("checkpoints") for line in self.lines for row in line.rows)
 
     def pairs(self, column: str) -> list[tuple[Line, Line, Paired]]:
-        """Each two lines, the better one first, on the cases that both have; of different data sets none."""
+        """Each two lines, the better one first, on the cases that both have; none under different conditions."""
         made = []
         for i, one in enumerate(self.lines):
             for other in self.lines[i + 1 :]:
                 found = paired(one.values.get(column, {}), other.values.get(column, {}))
-                if found is None or one.data != other.data:
+                if found is None or one.conditions != other.conditions:
                     continue
                 if found.difference < 0:
                     turned = paired(other.values[column], one.values[column])
@@ -172,28 +175,52 @@ class Story:
 
 
 def story(runs: Sequence[Run]) -> Story:
-    """Gather what the runs say."""
-    several = len(runs) > 1
+    """Gather what the runs say. Names of runs are told apart by the caller."""
     made: list[Line] = []
     cases: list[dict[str, Any]] = []
-    for run in runs:
-        objectives = {row["objective"] for row in run.results["rows"]} - {NO_OBJECTIVE}
-        groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[int, str, str], list[Mapping[str, Any]]] = {}
+    for number, run in enumerate(runs):
         for row in run.results["rows"]:
-            groups.setdefault((row["method"], row["objective"]), []).append(row)
-        for (method, objective), rows in groups.items():
-            plain = objective == NO_OBJECTIVE or objectives == {"ce"}
-            label = method if plain else f"{method} + {objective}"
-            if several and any(line.label == label for line in made):
-                label = f"{label} ({run.name})"
-            told = list(_told(run, method, objective))
-            also = _also(run, method, objective)
-            asked = _asked_otherwise(also)
-            data = run.results["environment"]["data_hash"]
-            end = [_shares(asked, when) for when in ("after", "before")]
-            made.append(Line(label, run.name, data, tuple(rows), _values(told), _marks(run, method, objective), also, *end))
-            cases += [_case(label, seed, case, outcome, asked.get((seed, case), {})) for seed, case, outcome in told]
+            groups.setdefault((number, row["method"], row["objective"]), []).append(row)
+    plain = {key: _plain(runs[key[0]], *key[1:]) for key in groups}
+    different = len({_conditions(run) for run in runs}) > 1
+    for (number, method, objective), rows in groups.items():
+        run, label = runs[number], plain[number, method, objective]
+        if different or list(plain.values()).count(label) > 1:
+            label = f"{label} ({run.name})"
+        told = list(_told(run, method, objective))
+        also = _also(run, method, objective)
+        asked = _asked_otherwise(also)
+        end = [_shares(asked, when) for when in ("after", "before")]
+        made.append(Line(label, run.name, _conditions(run), tuple(rows), _values(told), _marks(run, method, objective), also, *end))
+        cases += [_case(label, seed, case, outcome, asked.get((seed, case), {})) for seed, case, outcome in told]
+        cases += _unmade(run, method, objective, label)
     return Story(tuple(runs), tuple(made), tuple(cases))
+
+
+def _plain(run: Run, method: str, objective: str) -> str:
+    """A line's name within its run: with the objective where that says something."""
+    objectives = {row["objective"] for row in run.results["rows"]} - {NO_OBJECTIVE}
+    return method if objective == NO_OBJECTIVE or objectives == {"ce"} else f"{method} + {objective}"
+
+
+def _conditions(run: Run) -> tuple[str, ...]:
+    where, plan = run.results["environment"], run.plan
+    return where["data_hash"], str(where.get("model_fingerprint") or where["model"]), plan["protocol"], measured(plan)
+
+
+def measured(plan: Mapping[str, Any]) -> str:
+    """When the cases were measured, in words."""
+    return "after each edit" if plan["protocol"] == "single" else str(plan["measure"]).replace("-", " ")
+
+
+def _unmade(run: Run, method: str, objective: str, label: str) -> Iterator[dict[str, Any]]:
+    """The cases that could not be edited, with the reason."""
+    for record in run.records:
+        if (record["method"], record["objective"]) == (method, objective) and record.get("error"):
+            for case in record.get("cases") or [record["case"]]:
+                none: dict[str, Any] = {"values": {}, "said": [], "strips": [], "questions": []}
+                yield {"line": label, "seed": record["seed"], "case": case, **none, "error": record["error"]}
 
 
 def _told(run: Run, method: str, objective: str) -> Iterator[tuple[int, str, Record]]:

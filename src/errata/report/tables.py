@@ -172,11 +172,12 @@ def _written(said: Mapping[str, str], which: str) -> str:
 
 def _tex(text: str) -> str:
     """What LaTeX would take for its own, and the signs that its fonts lack."""
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    text = re.sub(r"([&%$#_{}])", r"\\\1", " ".join(text.split()).replace("\\", r"\textbackslash "))
     signs = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "→": r"$\to$", "↑": r"$\uparrow$", "−": "--"}
+    signs |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
     return "".join(signs.get(sign, sign) for sign in text)
 
 
 def _escaped(text: str) -> str:
     """What Markdown would take for its own."""
-    return re.sub(r"([\\|*_`<>])", r"\\\1", text)
+    return re.sub(r"([\\|*_`<>\[\]!~$&])", r"\\\1", " ".join(text.split()))

@@ -17,14 +17,15 @@
     all: () => true,
     held: (one) => right(one) && one.values.exact === 1,
     mirage: (one) => right(one) && one.values.exact < 1,
-    missed: (one) => !right(one),
+    missed: (one) => !one.error && !right(one),
+    failed: (one) => one.error !== undefined,
     harmed: (one) => data.cost.some((name) => one.values[name] < 1),
   };
   for (const one of data.cases) {
     one.prompt = one.said.map((said) => said.prompt).join(" · ") || one.case;
     one.answer = one.said.map((said) => said.answers[0]).join(" · ");
-    one.text = one.said.map((said) => said.text.trim()).join(" · ");
-    one.hay = [one.prompt, one.answer, one.text, one.case, one.line].join("\n").toLowerCase();
+    const others = [...one.questions.flatMap((said) => [said.prompt, said.text]), ...(one.ways || []).flatMap(([, prompt, , said]) => [prompt, said])];
+    one.hay = [one.prompt, one.answer, ...one.said.map((said) => said.text), ...others, one.error, one.case, one.line].join("\n").toLowerCase();
   }
   const key = (one) => (sorting.by in one.values ? one.values[sorting.by] : one[sorting.by]);
 
@@ -47,6 +48,7 @@
 
   function details(one) {
     const made = element("div", { class: "inner" });
+    if (one.error) made.append(element("p", {}, `Not edited: ${one.error}`));
     const say = (title, list) => {
       if (!list.length) return;
       made.append(element("p", { class: "soft" }, title));
@@ -71,19 +73,26 @@
     return element("td", { colspan: String(4 + data.columns.length), class: "text" }, made);
   }
 
+  const opened = new Set(); // cases stay open while others are searched for
+
   function row(one) {
-    const open = element("button", { type: "button", "aria-expanded": "false", "aria-label": `show case ${one.case}` }, "+");
+    const open = element("button", { type: "button" });
     const cells = [element("td", {}, open), element("td", { class: "text" }, one.line), element("td", { class: "text" }, one.prompt),
       element("td", { class: "text" }, one.answer), ...data.columns.map((name) => element("td", {}, text(one.values[name])))];
     const made = element("tr", {}, ...cells);
+    const tell = (now) => {
+      open.setAttribute("aria-expanded", String(now));
+      open.setAttribute("aria-label", `${now ? "hide" : "show"} case ${one.case}`);
+      open.textContent = now ? "–" : "+";
+    };
+    const below = () => element("tr", { class: "open" }, details(one));
     open.addEventListener("click", () => {
-      const opened = open.getAttribute("aria-expanded") === "true";
-      if (opened) made.nextSibling.remove();
-      else made.after(element("tr", { class: "open" }, details(one)));
-      open.setAttribute("aria-expanded", String(!opened));
-      open.textContent = opened ? "+" : "–";
+      if (opened.delete(one)) made.nextSibling.remove();
+      else { opened.add(one); made.after(below()); }
+      tell(opened.has(one));
     });
-    return made;
+    tell(opened.has(one));
+    return opened.has(one) ? [made, below()] : [made];
   }
 
   function draw() {
@@ -95,7 +104,7 @@
       const order = (a, b) => (a === b ? 0 : a === undefined ? 1 : b === undefined ? -1 : a < b ? -sign : sign);
       found = [...found].sort((a, b) => order(key(a), key(b)));
     }
-    body.replaceChildren(...found.slice(0, shown).map(row));
+    body.replaceChildren(...found.slice(0, shown).flatMap(row));
     count.textContent = `${found.length} of ${data.cases.length} cases${found.length > shown ? `, the first ${shown} shown` : ""}`;
     more.hidden = found.length <= shown;
   }
