@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,23 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         to_disk(path.parent)
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A draft of a folder, which takes its place when all is written and vanishes otherwise. The folder must be empty, or not there.
+
+    Raises OSError (full disk …); then nothing is there that was not before.
+    """
+    folder = folder.resolve()  # not a link to it, nor ".", which could not be replaced
+    folders(folder.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        draft = Path(scratch) / "draft"
+        draft.mkdir()
+        yield draft
+        os.rename(draft, folder)
+    if os.name == "posix":
+        to_disk(folder.parent)
 
 
 def folders(path: Path) -> None:

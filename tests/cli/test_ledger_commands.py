@@ -99,8 +99,9 @@ def test_undo_with_rebase(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert said(capsys, "undo", "L", "6", *wrong)[0] == 2
     sums = told(capsys, "log", "L")["checksum"]
     said(capsys, "edit", "--model", "tiny", "--out", "L", *options, "--fact", "{Lyon} lies in -> Spain")
-    code, _, err = said(capsys, "undo", "L", "6", "--rebase")
-    assert code == 2 and "edit 7 cannot be made again: " in err and "nothing was changed" in err
+    (here / "strict.yaml").write_text("perplexity: 0\n")
+    code, _, err = said(capsys, "undo", "L", "6", "--rebase", "--gate", "strict.yaml")
+    assert code == 2 and "edit 7 cannot be made again: " in err and "nothing was changed (--no-gate" in err
     assert told(capsys, "undo", "L", "7")["checksum"] == sums
 
 
@@ -122,6 +123,14 @@ def test_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "L" / "ledger.sqlite").write_bytes(b"SQLite? No. " * 100)
     code, out, _ = said(capsys, "verify", "L", "--json")
     assert code == 1 and "not a database" in json.loads(out)["problems"][0]
+
+
+def test_what_looks_like_markup_is_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--no-gate", "--set", "ft-m.steps=1", "--note", "[ticket 7] by [/b]", "--fact", "The [/b] of {Spain} is -> [x]"]
+    assert said(capsys, "edit", "--model", "tiny", "--out", "L", *wanted)[0] == 0
+    code, out, _ = said(capsys, "log", "L")
+    assert code == 0 and "[ticket 7] by [/b]" in out and "[/b]" in out
+    assert "[/b]" in said(capsys, "diff", "L", "1", "4")[1]
 
 
 def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,6 +286,66 @@ def test_a_rebase_is_measured(tmp_path: Path) -> None:
         assert new.cases[0].meta == case.meta and ledger.verify(lm) == []
 
 
+def test_a_fact_of_several_cannot_be_replaced_alone(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT, AGAIN, OTHER, batch=3, limits=None, name="memit")
+    (no,) = done(lm, folder, ELSE, replace=True, limits=None)
+    assert told([no]) == [("rejected", 1)] and str(no.reason).startswith("edit 1 answers 2 more requests, which would be lost with it")
+    with Ledger.open(folder) as ledger:
+        assert len(ledger.entries(active=True)) == 1
+
+
+def test_a_memory_that_others_hold_on_to_cannot_be_replaced(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT, AGAIN, name="melo", limits=None)
+    no, yes = done(lm, folder, ELSE, OTHER, name="melo", limits=None, replace=True)
+    assert no.status == "rejected" and "would not stand behind these" in str(no.reason) and told([yes]) == [("made", 3)]
+
+
+def test_what_was_made_and_is_not_said_is_named_and_can_be_forced(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, OTHER, settings={"steps": 1}, limits=None)
+    (skipped,) = done(lm, folder, OTHER, limits=None)
+    assert told([skipped]) == [("skipped", 1)]
+    assert skipped.reason == "edit 1 was made for it, and the model does not say it now; force it to try again"
+    (forced,) = done(lm, folder, OTHER, limits=None, force=True)
+    assert told([forced]) == [("made", 2)] and holds(lm, folder, OTHER)
+    with Ledger.open(folder) as ledger:
+        assert [entry.active for entry in ledger.entries()] == [False, True], "in its place, not beside it"
+
+
+def test_a_model_with_edits_is_refused(tmp_path: Path) -> None:
+    """Else edits would be computed on what the ledger does not know of."""
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT, AGAIN, limits=None)
+    with Ledger.write(folder, lm) as ledger:
+        (first, _) = ledger.apply(lm)
+        before = weights(lm)
+        for call in (lambda: rebase(lm, ledger, [1]), lambda: correct(lm, ledger, cases(OTHER), method("ft-m"))):
+            with pytest.raises(EditError, match="has edits applied; revert them first"):
+                call()
+        assert first.applied and same(weights(lm), before)
+        Stack.of(lm).clear()
+        with pytest.raises(EditError, match="batch must be at least 1"):
+            correct(lm, ledger, cases(OTHER), method("ft-m"), batch=0)
+
+
+def test_what_is_undone_already_can_be_rebased(tmp_path: Path) -> None:
+    """And each edit that is made again has the limits that it had."""
+    lm = language_model("llama")
+    for name, at_once in (("a", True), ("b", False)):
+        done(lm, tmp_path / name, FACT, AGAIN, OTHER, limits=limits(perplexity=1e8), seed=2)
+        with Ledger.write(tmp_path / name) as ledger:
+            if not at_once:
+                ledger.undo(1)
+            new = rebase(lm, ledger, [1])
+            assert [entry.number for entry in new] == [4, 5] and new[0].limits == ledger.entry(2).limits != None  # noqa: E711
+            assert [one.reason for one in ledger.events() if one.action == "undone"][-1] == "made again without 1"
+            with pytest.raises(EditError, match="is undone already, and no active one was made on top of it"):
+                rebase(lm, ledger, [1])
+    assert same(now(lm, tmp_path / "a"), now(lm, tmp_path / "b"))
+
+
 def reworded(fact: Fact, prompt: str) -> EditCase:
     return EditCase("0", (fact,), (Probe(prompt, (fact.target,)),))
 
@@ -296,8 +356,11 @@ def test_rephrasings_contradict_too(tmp_path: Path) -> None:
         with Ledger.write(tmp_path / str(number), lm) as ledger:
             told_now = [correct(lm, ledger, [one], method("ft-m"))[0] for one in (first, second)]
             assert told(told_now) == [("made", 1), ("rejected", 1)] and "about the same" in str(told_now[1].reason)
-            (yes,) = correct(lm, ledger, [second], method("ft-m"), replace=True)
-            assert told([yes]) == [("made", 2)] and [entry.number for entry in ledger.entries(active=True)] == [2]
+            (one,) = correct(lm, ledger, [second], method("ft-m"), replace=True)
+            if number:
+                assert told([one]) == [("made", 2)] and [entry.number for entry in ledger.entries(active=True)] == [2]
+            else:  # the river would be lost with the rephrasing that is wrong
+                assert told([one]) == [("rejected", 1)] and "answers 1 more request, which would be lost" in str(one.reason)
 
 
 def test_lines_of_a_call_that_contradict_one_another(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from errata.edits import Edit, EditError, Stack
 from errata.edits.errors import LedgerBusy, LedgerDamaged
 from errata.edits.ledger import DATABASE, LOCK, OBJECTS, SCHEMA, Ledger, New
-from errata.facts import EditCase, Fact, Probe
+from errata.facts import EditCase, Fact, FactError, Probe
 from tests.edits.test_edits import assert_same, some_deltas, weights
 from tests.edits.test_edits import make_lm as bare_lm
 from tests.families import language_model
@@ -161,11 +161,47 @@ def test_memories_leave_from_the_last_one_back(tmp_path: Path) -> None:
 def test_one_step_for_an_edit_that_replaces_another(tmp_path: Path) -> None:
     lm = filled(tmp_path / "ledger", 2)
     with Ledger.write(tmp_path / "ledger") as ledger:
-        (third,) = ledger.add(New(make_edit(lm, 8)), undoing=[1], reason="replaced")
+        (third,) = ledger.add(New(make_edit(lm, 8)), undoing={1: "replaced"})
         assert third.parent == 2 and [entry.number for entry in ledger.entries(active=True)] == [2, 3]
         with pytest.raises(EditError, match="undone already; nothing was changed"):
-            ledger.add(New(make_edit(lm, 9)), undoing=[2, 1])
+            ledger.add(New(make_edit(lm, 9)), undoing={2: None, 1: None})
         assert len(ledger.entries()) == 3 and [entry.number for entry in ledger.entries(active=True)] == [2, 3]
+
+
+def test_what_is_read_in_a_snapshot_is_of_one_moment(tmp_path: Path) -> None:
+    """`verify` beside a writer must not take for damage what came between two of its looks."""
+    lm, folder = filled(tmp_path / "ledger", 1), tmp_path / "ledger"
+    with Ledger.write(folder) as ledger, Ledger.open(folder) as reader:
+        with reader.snapshot():
+            assert len(reader.entries()) == 1
+            ledger.add(New(make_edit(lm, 5)))
+            assert len(reader.entries()) == len(reader.events()) == 1 and reader.verify() == []
+        assert len(reader.entries()) == 2
+
+
+def test_a_database_that_is_gone_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    filled(folder, 1)
+    for left in (b"", None):
+        (folder / DATABASE).unlink() if left is None else (folder / DATABASE).write_bytes(left)
+        for opened in (Ledger.open, lambda place: Ledger.write(place, make_lm())):
+            with pytest.raises(LedgerDamaged, match=r"ledger\.sqlite is gone or empty"):
+                opened(folder)
+
+
+def test_what_cannot_be_kept_is_refused_whole(tmp_path: Path) -> None:
+    lm, folder = filled(tmp_path / "ledger", 1), tmp_path / "ledger"
+    with Ledger.write(folder) as ledger:
+        for new in (New(make_edit(lm, 5), seed=2**63), New(make_edit(lm, 5), note="caf\udce9")):
+            with pytest.raises(ValueError, match=r"63 bits|half a character"):
+                ledger.add(new)
+        with pytest.raises(FactError, match="half a character"):
+            ledger.undo(1, reason="\udce9")
+        assert len(ledger.entries(active=True)) == 1 and ledger.verify(lm) == []
+        ledger.undo(1, 1)
+        assert [event.action for event in ledger.events()] == ["made", "undone"], "named twice it is undone once"
+    with pytest.raises(EditError, match="was closed"):
+        ledger.entries()
 
 
 def test_one_writer_and_many_readers(tmp_path: Path) -> None:
@@ -424,6 +460,7 @@ def test_a_copy_has_all_of_it(tmp_path: Path) -> None:
     first_object(folder).unlink()
     with Ledger.open(folder) as ledger, pytest.raises(LedgerDamaged, match="is missing"):
         ledger.copy(tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"ledger", "copy"}, "nothing is left of one that failed"
 
 
 def test_refs_that_fit_nothing_or_too_much(tmp_path: Path) -> None:

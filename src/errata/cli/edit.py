@@ -12,7 +12,7 @@ import typer
 from errata.bench.plan import PlanError, check_owners, parse_settings
 from errata.cli import show
 from errata.cli.app import DeviceOption, DtypeOption, Failed, JsonOption, ModelOption, SetOption, ThreadsOption, _load, _threads, app
-from errata.facts import Fact
+from errata.facts import Fact, check_text
 
 if TYPE_CHECKING:
     from errata.corrections import Outcome
@@ -53,7 +53,7 @@ def edit(
     rephrase: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="For one fact: must be answered alike; with --explain it is shown too.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Every random number comes from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Every random number comes from it.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
@@ -63,6 +63,7 @@ def edit(
     from errata.corrections.requests import REPHRASINGS, read_requests, request
     from errata.edits.rows import LOCALITY
 
+    check_text(note or "", *(rephrase or ()))
     wanted = [Fact.parse(line) for line in fact or ()]
     if rephrase and (len(wanted) != 1 or facts):
         raise PlanError("--rephrase belongs to one --fact; in a file, give each fact its own list of 'rephrasings'")
@@ -155,7 +156,10 @@ def _report(
             for item in one.case.facts:
                 said = answers.get(str(item))
                 if one.status == MADE and not one.reason and said is not None and not said.strip().startswith(item.target):
-                    show.note(f"by itself the edited model does not answer {item.target!r} to {item.text!r}: this edit did not take")
+                    show.note(
+                        f"by itself the edited model does not answer {item.target!r} to {item.text!r}: this edit did not take, or a later "
+                        "one changed it"
+                    )
         if numbers:
             show.note(f'kept in {out}; see it again with: errata log {out}, errata ask --model {model} --edits {out} "…"')
     if counts[REJECTED]:

@@ -38,10 +38,11 @@ def log(
             else:
                 showing.listing([{"at": one["at"], "fact": "; ".join(one["facts"]), "reason": one["reason"]} for one in no])
             return
-        entries, base = ledger.entries(), ledger.base
+        with ledger.snapshot():
+            entries, base, checksum = ledger.entries(), ledger.base, ledger.checksum
         if as_json:
             told = [{k: v for k, v in entry.to_dict().items() if k not in ("diagnostics", "metrics")} for entry in entries]
-            showing.json_out({"base": base._asdict(), "checksum": ledger.checksum, "edits": told})
+            showing.json_out({"base": base._asdict(), "checksum": checksum, "edits": told})
             return
         drawn = showing._with_columns(["#", "id", "made (UTC)", "state", "method"], [])
         for heading in ("fact", "note"):  # they give way where the terminal is narrow; what an edit is found by does not
@@ -53,7 +54,7 @@ def log(
             )
         showing._print(drawn)
         active = sum(entry.active for entry in entries)
-        showing.note(f"{active} of {len(entries)} active, on {base.name} ({base.dtype}); weights {ledger.checksum[:12]}")
+        showing.note(f"{active} of {len(entries)} active, on {base.name} ({base.dtype}); weights {checksum[:12]}")
 
 
 @app.command()
@@ -90,7 +91,8 @@ def undo(
     ids: IdsArgument,
     rebased: Annotated[bool, typer.Option("--rebase", help="Compute the edits anew that were computed on top of it.")] = False,
     gate: Annotated[
-        Path | None, typer.Option(metavar="LIMITS.yaml", help="What an edit that is made again must not break (default: built-in limits).")
+        Path | None,
+        typer.Option(metavar="LIMITS.yaml", help="What an edit that is made again must not break (default: as when it was made)."),
     ] = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Keep every edit that is made again, whatever it breaks.")] = False,
     reason: ReasonOption = None,
@@ -111,12 +113,12 @@ def undo(
         if rebased:
             _threads(threads)
             from errata.corrections import Limits, rebase
+            from errata.corrections.run import AS_MADE
 
-            limits = None if no_gate else Limits.read(gate)
             lm = _load(model or ledger.base.name, device, ledger.base.dtype)
             ledger.check_base(lm)
             with showing.progress("editing again") as report:
-                new = rebase(lm, ledger, numbers, reason, report, limits)
+                new = rebase(lm, ledger, numbers, reason, report, None if no_gate else Limits.read(gate) if gate else AS_MADE)
         else:
             ledger.undo(*numbers, reason=reason)
         _changed(ledger, "undone", numbers, later, as_json, new)

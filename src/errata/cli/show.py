@@ -253,9 +253,9 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _print(drawn: Table | Text) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # "[/b]" in a note is a note
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, WIDTH_WHERE_NO_TERMINAL))
+        console = Console(highlight=False, markup=False, width=max(console.width, WIDTH_WHERE_NO_TERMINAL))
     console.print(drawn)
 
 

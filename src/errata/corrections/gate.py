@@ -81,9 +81,18 @@ class Limits:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; of a file of text the SHA-256, so that equal records mean equal limits."""
+        """Ready for JSON, with the SHA-256 of a file of text, so that equal records mean equal limits; `from_dict` reads it back."""
         digest = hashlib.sha256(Path(self.text).read_bytes()).hexdigest() if self.text else None
-        return {**asdict(self), "text": digest}
+        return {**asdict(self), "text_sha256": digest}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """What `to_dict` wrote. Raises EditError where the file of text is gone, or another."""
+        values: dict[str, Any] = {field.name: record[field.name] for field in fields(cls)}
+        made = cls(**values | {name: tuple(values[name]) for name in ("prompts", "sentences")})
+        if made.text and not (Path(made.text).is_file() and made.to_dict()["text_sha256"] == record["text_sha256"]):
+            raise EditError(f"the held-out text {made.text!r} is no more what it was; give limits anew (--gate FILE, or --no-gate)")
+        return made
 
 
 class Ordinary(NamedTuple):
@@ -106,6 +115,8 @@ class Gate:
             own = limits.sentences != Limits.read().sentences  # whoever writes sentences wants them read
             source = texts(limits.text) if limits.text else limits.sentences if own or not beside(lm) else texts(None, lm)
             self.texts = perplexity.held_out(lm, source, tokens=TEXT_TOKENS)
+            if not self.texts and limits.text:
+                raise EditError(f"{limits.text} holds no text to measure perplexity on; give paragraphs, or leave out text")
             self.perplexity = perplexity.perplexity(lm, self.texts)
 
     def measure(self, cases: Sequence[EditCase], ordinary: Ordinary | None = None) -> dict[str, float]:
@@ -123,7 +134,7 @@ class Gate:
             with Stack.of(self.lm).aside_():
                 answers = self._own_answers(own)
             kept = (*kept, *self._kept(answers))
-        return measured | ({"locality": fmean(kept)} if kept else {}) | {"perplexity": now}
+        return measured | ({"locality": fmean(kept)} if kept else {}) | ({"perplexity": now} if self.texts else {})
 
     def taken(self, cases: Sequence[EditCase]) -> list[float]:
         """For each request the least accuracy of its facts."""
@@ -143,7 +154,7 @@ class Gate:
                 said.append(f"{name} {after[name]:.2f}, at least {getattr(limits, name):g}")
         if "locality" in after and before["locality"] - after["locality"] > limits.locality_drop:
             said.append(f"locality fell from {before['locality']:.2f} to {after['locality']:.2f}, at most by {limits.locality_drop:g}")
-        if not after["perplexity"] <= limits.perplexity:  # nor is it a number
+        if "perplexity" in after and not after["perplexity"] <= limits.perplexity:  # nor is it a number
             said.append(f"perplexity {after['perplexity']:.2f} times the unedited model's, at most {limits.perplexity:g}")
         return said
 

@@ -16,9 +16,9 @@ from errata.bench.making import finite, watched
 from errata.bench.plan import configure
 from errata.corrections.gate import Gate, Limits, Ordinary
 from errata.edits import DenseDelta, Edit, EditError, Stack
-from errata.edits.ledger import Ledger, New, request_of
+from errata.edits.ledger import Ledger, New, check_seed, check_unedited, request_of
 from errata.edits.rows import Entry, statements
-from errata.facts import EditCase, Fact, FactError, prompt_key
+from errata.facts import EditCase, Fact, FactError, check_text, prompt_key
 from errata.lm import ModelError
 from errata.metrics.teacher_forced import predict
 
@@ -33,11 +33,13 @@ MADE: Final = "made"
 SKIPPED: Final = "skipped"
 REJECTED: Final = "rejected"
 KNOWN = "the model says so already"
+AS_MADE: Final = "as made"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a request. number: the edit in the ledger that answers it, if one does. reason: why there is no new one."""
+    """What became of a request. number: the edit in the ledger that answers it, or contradicts it, if there is one. reason: why there is
+    no new one, or what of it did not take."""
 
     case: EditCase
     status: Literal["made", "skipped", "rejected"]
@@ -73,12 +75,18 @@ def correct(
     watch: is shown the session before the first edit.
 
     What is done is in the ledger at once: stopped or killed, the same call goes on, and comes to the same weights. The model, to which no
-    edit may be applied, is left as it was. Raises EditError if the ledger is another model's, ModelError if the method cannot edit it.
+    edit may be applied, is left as it was. Raises EditError if the ledger is another model's, ModelError if the method cannot edit it,
+    FactError for a note that is no text.
     """
-    desk = _Desk(lm, ledger, method, objective, seed, limits, force, note)
+    check_unedited(lm)
+    check_text(note or "")
+    check_seed(seed)
+    if batch < 1:
+        raise EditError(f"batch must be at least 1 (got {batch})")
+    desk = _Desk(lm, ledger, method, objective, seed, limits, force, note, watch)
     outcomes: list[Outcome] = []
     try:
-        desk.take_up(watch)
+        desk.take_up()
         for start in range(0, len(cases), batch):
             outcomes += desk.handle(cases[start : start + batch], replace)
             if progress:
@@ -94,45 +102,58 @@ def rebase(
     numbers: Iterable[int],
     reason: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    limits: Limits | None = None,
+    limits: Limits | Literal["as made"] | None = AS_MADE,
 ) -> list[Entry]:
     """Undo edits, and compute those anew that were computed on top of them; the new entries. All of it in one step, or nothing.
 
-    limits: what an edit that is made again must not break, None: it stays whatever it does.
-    Raises EditError where an edit cannot be made any more, or breaks a limit; then nothing was changed.
+    numbers: those that are undone already are allowed: then only what was computed on top of them is.
+    limits: what an edit that is made again must not break, None: it stays whatever it does; "as made": what held when it was made first.
+    Raises EditError where an edit cannot be made any more, or breaks a limit, or the model has edits applied; then nothing was changed.
     """
+    check_unedited(lm)
     out = sorted(set(numbers))
-    if undone := [entry.number for entry in map(ledger.entry, out) if not entry.active]:
-        raise EditError(f"edit {undone[0]} of {ledger.folder} is undone already; nothing was changed")
     again = [ledger.entry(number) for number in ledger.built_on(out)]
-    gone = {*out, *(entry.number for entry in again)}
+    undone = {entry.number for entry in map(ledger.entry, out) if not entry.active}
+    if undone and not again:
+        raise EditError(f"edit {min(undone)} of {ledger.folder} is undone already, and no active one was made on top of it")
+    gone = {*out, *(entry.number for entry in again)} - undone
     sessions: dict[str, Session] = {}
     new: list[New] = []
     stack = Stack.of(lm)
     try:
         applied = [ledger.edit(entry, lm, keys=True) for entry in ledger.entries(active=True) if entry.number not in gone]
         stack.apply(*applied)
-        gate = Gate(lm, limits) if limits is not None and again else None
-        ordinary = gate.ordinary() if gate else None
+        gates: dict[str, Gate | None] = {}
         for done, entry in enumerate(again):
             key = json.dumps([entry.method, entry.objective, entry.seed], sort_keys=True)
             if key not in sessions:
                 sessions[key] = _method(entry).start(lm, _objective(entry), entry.seed)
                 sessions[key].resume(applied)
-            tried = _try(lm, sessions[key], entry.cases, entry.seed, gate, ordinary)
+            own = (Limits.from_dict(entry.limits) if entry.limits else None) if limits == AS_MADE else limits
+            record = None if own is None else own.to_dict()
+            name = json.dumps(record)
+            if name not in gates:
+                gates[name] = None if own is None else Gate(lm, own)
+            gate = gates[name]
+            tried = _try(lm, sessions[key], entry.cases, entry.seed, gate, gate.ordinary() if gate else None)
             if tried.edit is None:
-                raise EditError(f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed")
-            ordinary = tried.ordinary
+                raise EditError(
+                    f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed (--no-gate, or limits of your own with "
+                    "--gate, would let it pass)"
+                    if tried.metrics
+                    else f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed"
+                )
             for session in sessions.values():  # the one that made it, and those that differ in the seed alone
                 session.resume([tried.edit])
             applied.append(tried.edit)
             why = f"edit {entry.number}, made again without {', '.join(map(str, out))}"
-            new.append(New(tried.edit, entry.seed, entry.note, entry.cases, why))
+            new.append(New(tried.edit, entry.seed, entry.note, entry.cases, why, record))
             if progress:
                 progress(done + 1, len(again), "made again")
     finally:
         stack.clear()
-    return ledger.add(*new, undoing=sorted(gone), reason=reason)
+    without = ", ".join(map(str, out))
+    return ledger.add(*new, undoing={number: reason if number in out else f"made again without {without}" for number in sorted(gone)})
 
 
 @dataclass
@@ -188,7 +209,9 @@ class _Desk:
         limits: Limits | None,
         force: bool,
         note: str | None,
+        watch: Callable[[Session], None] | None,
     ) -> None:
+        self.watch = watch
         self.lm, self.ledger, self.method, self.objective, self.seed = lm, ledger, method, objective, seed
         self.limits, self.force, self.note = limits, force, note
         self.limits_record = None if limits is None else limits.to_dict()
@@ -197,6 +220,7 @@ class _Desk:
         self.gate: Gate | None = None
         self.said: dict[str, dict[int, str]] = {}  # prompt -> edit -> target, of the active ones, with their rephrasings
         self.held: dict[tuple[str, str], int] = {}  # (prompt, target) of their facts alone -> edit
+        self.asked_of: dict[int, set[str]] = {}  # edit -> the prompts of its facts
         self.asked: dict[str, str] = {}  # prompt -> target, of this call's requests that were not rejected
         self.changed: dict[str, int] = {}  # prompt -> the last event of an edit that speaks about it
         self.turned = 0  # the last event after which it is another model than one that edits alone would have made
@@ -209,15 +233,15 @@ class _Desk:
             if entry.active:
                 self._note(entry)
 
-    def take_up(self, watch: Callable[[Session], None] | None = None, without: Iterable[int] = ()) -> None:
+    def take_up(self, without: Iterable[int] = ()) -> None:
         """Bring model and session to where the ledger stands, but for some of its edits."""
         Stack.of(self.lm).clear()
         left = set(without)
         applied = [self.ledger.edit(entry, self.lm, keys=True) for entry in self.ledger.entries(active=True) if entry.number not in left]
         Stack.of(self.lm).apply(*applied)
         self.session = self.method.start(self.lm, self.objective, self.seed)
-        if watch:
-            watch(self.session)
+        if self.watch:
+            self.watch(self.session)
         self.session.resume(applied)
         self._settle(applied)
         if self.gate is None and self.limits is not None:
@@ -258,21 +282,31 @@ class _Desk:
         for prompt, target in [*mine.items(), *((prompt_key(fact.text), fact.target.strip()) for fact in case.facts)]:
             if (said := asked.get(prompt, mine[prompt])) != target:
                 return self._contradicted(case, f"another request says {said!r} about the same; ask for one of them")
-        if all(told := [self.held.get(statement, 0) for statement in facts.items()]):
-            return Outcome(case, SKIPPED, f"edit {max(told)} says so already", max(told))
+        held = [self.held.get(statement, 0) for statement in facts.items()]
+        if all(held) and not self.force:
+            number = max(held)
+            doubt = f"edit {number} was made for it, and the model does not say it now; force it to try again"
+            return Outcome(case, SKIPPED, f"edit {number} says so already" if self._says(case) else doubt, number)
         if not self.force and (reason := self._turned_down(case, beside)) is not None:
-            return Outcome(case, SKIPPED if reason == KNOWN else REJECTED, f"before: {reason}; force it to try again")
+            if reason == KNOWN and not self._says(case):
+                reason = f"{KNOWN}; it does not any more"
+            return Outcome(case, SKIPPED if reason.startswith(KNOWN) else REJECTED, f"before: {reason}; force it to try again")
         if facts.items() <= statements(earlier, rephrasings=False).items():
             return Outcome(case, SKIPPED, "another request says so already")
         instead = {n: said for prompt, target in mine.items() for n, said in self.said.get(prompt, {}).items() if said != target}
         if instead and not replace:
             number = max(instead)
             return self._contradicted(case, f"edit {number} says {instead[number]!r} about the same; undo it, or replace it", number)
+        instead |= {number: "" for number in held if number}  # forced: once more, in the place of the one that holds it
+        for number in instead:
+            if more := self.asked_of[number] - mine.keys():
+                reason = f"edit {number} answers {len(more)} more request{'s' if len(more) > 1 else ''}, which would be lost with it"
+                return self._contradicted(case, f"{reason}; undo it, and ask for what shall stay", number)
         try:
             for fact in case.facts:
                 if fact.subject:
                     _ = fact.subject_span  # raises where it does not occur
-            known = not self.force and all(one.accuracy == 1 for one in predict(self.lm, [(f.text, f.target) for f in case.facts]))
+            known = not self.force and self._says(case)
         except (FactError, ModelError) as error:
             self._remember_no(case, beside, str(error))
             return Outcome(case, REJECTED, str(error))
@@ -293,8 +327,12 @@ class _Desk:
             if instead:
                 self.take_up()
             return [Outcome(case, REJECTED, tried.reason) for case in cases]
-        new = New(tried.edit, self.seed, self.note, cases)
-        (entry,) = self.ledger.add(new, undoing=instead, reason="replaced" if instead else None, replacing=True)
+        new = New(tried.edit, self.seed, self.note, cases, limits=self.limits_record)
+        try:
+            (entry,) = self.ledger.add(new, undoing=dict.fromkeys(instead, "replaced"), replacing=True)
+        except EditError as error:  # a memory that others hold on to cannot be replaced
+            self.take_up()
+            return [self._contradicted(case, str(error)) for case in cases]
         self.session.remember(tried.edit)
         self._settle([tried.edit])
         self.ordinary = tried.ordinary
@@ -318,6 +356,10 @@ class _Desk:
             self.contradictions.add(told)
         return Outcome(case, REJECTED, reason, number)
 
+    def _says(self, case: EditCase) -> bool:
+        """Whether the model as it is puts every token of the answers behind their prompts."""
+        return all(one.accuracy == 1 for one in predict(self.lm, [(fact.text, fact.target) for fact in case.facts]))
+
     def _turned_down(self, case: EditCase, beside: Sequence[EditCase]) -> str | None:
         """Why the same request came to nothing before, if that still holds: what the model knew, it knows no more once it was edited."""
         reason, event = self.remembered.get(self._request(case, beside), (None, 0))
@@ -336,7 +378,9 @@ class _Desk:
     def _note(self, entry: Entry) -> None:
         for prompt, target in statements(entry.cases).items():
             self.said.setdefault(prompt, {})[entry.number] = target
-        self.held |= dict.fromkeys(statements(entry.cases, rephrasings=False).items(), entry.number)
+        own = statements(entry.cases, rephrasings=False)
+        self.held |= dict.fromkeys(own.items(), entry.number)
+        self.asked_of[entry.number] = {*own}
 
 
 def _seed(seed: int, facts: Sequence[Fact]) -> int:

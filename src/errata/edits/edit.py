@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from errata.disk import drafted
 from errata.edits.delta import KINDS, Delta, check_matrix
 from errata.edits.errors import EditError
 from errata.edits.memory import Memory, load_memory
@@ -122,10 +121,7 @@ class Edit:
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             raise EditError(f"{folder} exists already; choose another place for the edit, or remove it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            draft = Path(scratch) / "edit"
-            draft.mkdir()
+        with drafted(folder) as draft:
             layout, tensors = self.parts()
             memory = None if self.memory is None else self.memory.state()
             tensors |= {f"memory.{name}": tensor for name, tensor in (memory.pop("tensors") if memory else {}).items()}
@@ -147,7 +143,6 @@ class Edit:
             except TypeError as error:
                 raise EditError(f"{self} cannot be saved: method, objective and diagnostics must be plain JSON values ({error})") from error
             shutil.copymode(draft / RECORD, draft / TENSORS)  # safetensors writes for its owner alone
-            os.rename(draft, folder)
 
     def save_pretrained(self, folder: str | Path, format: str = "adapter", max_rank: int | None = None) -> Exported:
         """Write it in a form that is served without errata; see `errata.edits.export.export`."""

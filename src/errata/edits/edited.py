@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import HfApi
 
+from errata.disk import drafted
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.edits.export import FORMATS, MAX_RANK, Exported, export
@@ -110,7 +111,7 @@ class EditedModel:
         lm = loading.load(model or base.name, dtype=dtype or base.dtype or None, device=device)
         if not is_ledger(folder):
             return cls(lm, read_edits(folder, lm))
-        with Ledger.open(folder) as ledger:
+        with Ledger.open(folder) as ledger, ledger.snapshot():
             edited = cls(lm, ledger.edits(lm))
             edited._ledger = folder.absolute(), ledger.checksum
         return edited
@@ -124,7 +125,7 @@ class EditedModel:
         if format == EDITS:
             if self._ledger is None:
                 check_place(Path(folder))
-                with Ledger.write(folder, self.lm) as ledger:
+                with drafted(Path(folder)) as draft, Ledger.write(draft, self.lm) as ledger:
                     ledger.add(*map(New, self.edits))
             else:
                 place, checksum = self._ledger

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from errata.disk import drafted
 from errata.edits.delta import LowRankDelta, master_dtype
 from errata.edits.errors import EditError
 from errata.edits.stack import Stack
@@ -91,7 +91,10 @@ def export(edits: Sequence[Edit], format: str, folder: str | Path, max_rank: int
         raise EditError("the model has edits applied; revert() them first: an export is what the given edits do to the unedited model")
     if max_rank < 1:
         raise EditError(f"max_rank must be at least 1 (got {max_rank})")
-    with _new_folder(Path(folder)) as draft:
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise EditError(f"{folder} exists already; choose another place, or remove it")
+    with drafted(folder) as draft:
         done = Exported(str(folder), format, _modules(edits), **FORMATS[format](lm, edits, draft, max_rank))
         card = draft / "README.md"
         card.write_text(_card(lm, edits, done), encoding="utf-8")
@@ -257,22 +260,10 @@ def _modules(edits: Sequence[Edit]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A draft that becomes `folder` when all is written, and vanishes otherwise."""
-    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise EditError(f"{folder} exists already; choose another place, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        draft = Path(scratch) / "export"
-        draft.mkdir()
-        yield draft
-        os.rename(draft, folder)
-
-
 def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
     """What was edited, how, and what a reader should know before serving it."""
     measured = list(dict.fromkeys(name for edit in edits for name in (edit.metrics or {}).get("after", ())))
+    headings = ["holds" if name == "fact" else name for name in measured]  # a column of that name is there already
     facts = [
         f"| {' | '.join([_cell(str(fact)), str(edit.method.get('name', '')), *_measured(edit, measured)])} |"
         for edit in edits
@@ -283,7 +274,7 @@ def _card(lm: LanguageModel, edits: Sequence[Edit], done: Exported) -> str:
         "---", f"base_model: {lm.name}", "library_name: " + ("peft" if done.rank else "transformers"), "tags: [errata, knowledge-editing]",
         "---", f"# {lm.name}, with {len(facts)} corrected fact{'s' if len(facts) != 1 else ''}", "",
         f"Form: {done.format}. Base model: {lm.name} (`{edits[0].lm_fingerprint[:12]}`). By errata.", "",
-        f"| {' | '.join(['fact', 'method', *measured])} |", "|---|---" + "|---" * len(measured) + "|", *facts, "",
+        f"| {' | '.join(['fact', 'method', *headings])} |", "|---|---" + "|---" * len(measured) + "|", *facts, "",
         *([f"{_MEASURED}\n"] if measured else []),
         "## How", *(f"- `{one}`" for one in dict.fromkeys(made)),
         f"- touched: {', '.join(f'`{path}.weight`' for path in done.modules)}", "",

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
-from errata.disk import folders, replacing
+from errata.disk import drafted, folders, replacing
 from errata.edits import rows
 from errata.edits.errors import EditError, LedgerBusy, LedgerDamaged, LedgerUnopened
 from errata.edits.objects import Objects
 from errata.edits.rows import FIELDS, OUT, SCHEMA, Base, Entry, Event, Rejection, Row, digest, sql, statements, text
-from errata.facts import EditCase, Fact
+from errata.facts import EditCase, Fact, check_text
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit, Layout
@@ -36,6 +36,7 @@ class New(NamedTuple):
     """An edit that is to be entered.
 
     cases: the requests that it answers; without any, each of its facts is one. reason: what is said of its being made.
+    limits: what it was not to break, as a record; None where nothing was asked of it.
     """
 
     edit: Edit
@@ -43,6 +44,7 @@ class New(NamedTuple):
     note: str | None = None
     cases: Sequence[EditCase] = ()
     reason: str | None = None
+    limits: Mapping[str, Any] | None = None
 
 
 class Ledger:
@@ -59,7 +61,7 @@ class Ledger:
         """To read. Raises EditError if there is no ledger, or one of a newer errata, LedgerDamaged if it cannot be read."""
         folder = Path(folder)
         if not is_ledger(folder):
-            raise EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
+            raise _none(folder)
         ledger = cls(folder, _reader(folder / DATABASE), None)
         try:
             ledger._version()
@@ -77,8 +79,8 @@ class Ledger:
         """
         folder = Path(folder)
         if not is_ledger(folder):
-            if lm is None:
-                raise EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
+            if lm is None or (folder / OBJECTS).is_dir():
+                raise _none(folder)
             check_place(folder)
             folders(folder)
         lock = FileLock(folder / LOCK, timeout=0)
@@ -210,31 +212,43 @@ class Ledger:
         """
         from errata.edits.stack import Stack
 
-        stack = Stack.of(lm)
-        if stack.active:
-            raise EditError(f"{lm.name} has edits applied; revert them first: a ledger is about the unedited model")
+        check_unedited(lm)
         edits = self.edits(lm, keys)
-        stack.apply(*edits)
+        Stack.of(lm).apply(*edits)
         return edits
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """While it lasts, everything that is read is of one moment, whatever another process writes."""
+        outer = self._connection.in_transaction
+        if not outer:
+            self._all("BEGIN")
+        try:
+            yield
+        finally:
+            if not outer:
+                with suppress(sqlite3.Error):  # SQLite ends it itself where the database cannot be read
+                    self._connection.execute("ROLLBACK")
 
     def copy(self, folder: str | Path) -> None:
         """All of it, history and undone edits too, as a new ledger. Raises EditError if the folder is in use, LedgerDamaged for what is not
         what it was."""
         folder = Path(folder)
         check_place(folder)
-        needed = sorted({name for entry in self.entries() for name in entry.objects})
-        folders(folder)
-        into = Objects(folder / OBJECTS)
-        for name in needed:
-            into.take(name, self.objects)
-        with sql(folder / DATABASE), replacing(folder / DATABASE) as draft, closing(sqlite3.connect(draft)) as connection:
-            self._connection.backup(connection)
+        with self.snapshot(), drafted(folder) as draft:
+            into = Objects(draft / OBJECTS)
+            for name in sorted({name for entry in self.entries() for name in entry.objects}):
+                into.take(name, self.objects)
+            path = draft / DATABASE
+            with sql(path), replacing(path) as copy, closing(sqlite3.connect(copy)) as connection:
+                self._connection.backup(connection)
 
     # What can be done
 
-    def add(self, *new: New, undoing: Iterable[int] = (), reason: str | None = None, replacing: bool = False) -> list[Entry]:
-        """Enter edits, and undo others, in one step; the new entries. replacing: as what happened these are "replaced", not "undone".
+    def add(self, *new: New, undoing: Mapping[int, str | None] | None = None, replacing: bool = False) -> list[Entry]:
+        """Enter edits, and undo others, in one step; the new entries.
 
+        undoing: number -> reason. replacing: as what happened these are "replaced", not "undone".
         Raises EditError for an edit of another model, or a memory that does not go on from those of the active edits.
         """
         base = self.base
@@ -245,7 +259,8 @@ class Ledger:
                 raise EditError(f"{one.edit} does not answer the requests it is entered with; give the cases whose facts it holds")
         with self._sweeping(), self._transaction():
             kept = [self._kept(one.edit) for one in new]  # before any row names them
-            self._set(list(undoing), "replaced" if replacing else "undone", reason)
+            for number, reason in (undoing or {}).items():
+                self._set([number], "replaced" if replacing else "undone", reason)
             numbers = [self._enter(one, base, *parts) for one, parts in zip(new, kept, strict=True)]
             self._check_memories()
         return [self.entry(number) for number in numbers]
@@ -275,6 +290,10 @@ class Ledger:
     def verify(self, lm: LanguageModel | None = None) -> list[str]:
         """What is wrong with it, one line each: a damaged database or row, rows that are gone, tensors that are missing or not what they
         were, states that do not follow from what happened, another base model. Empty if all is well."""
+        with self.snapshot():
+            return self._verify(lm)
+
+    def _verify(self, lm: LanguageModel | None) -> list[str]:
         problems: list[str] = []
         try:
             problems += [f"{self._path}: {row[0]}" for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
@@ -322,11 +341,13 @@ class Ledger:
         cases = new.cases or [EditCase(str(number), (fact,)) for number, fact in enumerate(edit.facts)]
         named = [base.fingerprint, facts, edit.method, edit.objective, new.seed, layout, tensors, memory]
         (parent,) = self._all("SELECT max(number) FROM edits WHERE active")[0]
+        check_text(new.note or "")
+        check_seed(new.seed)
         number = self._last("edits") + 1
         self._insert(
             "edits", number, digest(named)[:12], _now(), text(facts), text(rows.asked(cases)), text(edit.method), text(edit.objective),
             new.seed, parent, text(layout), tensors, memory and text(memory), text(edit.diagnostics), edit.metrics and text(edit.metrics),
-            new.note, 1,
+            new.note, new.limits and text(new.limits), 1,
         )  # fmt: skip
         self._happened("made", number, new.reason)
         return number
@@ -334,7 +355,7 @@ class Ledger:
     def _set(self, numbers: Sequence[int], action: str, reason: str | None) -> list[Entry]:
         """Bring edits to that state; as they were before."""
         active = action not in OUT
-        found = [self.entry(number) for number in dict.fromkeys(numbers)]
+        found = list({entry.number: entry for entry in map(self.entry, numbers)}.values())
         for entry in found:
             if entry.active == active:
                 raise EditError(f"edit {entry.number} of {self.folder} is {'active' if active else 'undone'} already; nothing was changed")
@@ -345,6 +366,7 @@ class Ledger:
         return found
 
     def _happened(self, action: str, number: int, reason: str | None) -> None:
+        check_text(reason or "")
         self._insert("events", self._last("events") + 1, _now(), action, number, reason)
 
     def _check_alone(self, back: Sequence[Entry]) -> None:
@@ -456,6 +478,21 @@ class Ledger:
             return self._connection.execute(statement, values).fetchall()
 
 
+def _none(folder: Path) -> EditError:
+    """Why it holds no ledger."""
+    if (folder / OBJECTS).is_dir():
+        return LedgerDamaged(f"{folder} has a ledger's tensors, and its {DATABASE} is gone or empty; put it back from a backup")
+    return EditError(f"{folder} holds no ledger; give the folder that 'errata edit --out' wrote")
+
+
+def check_unedited(lm: LanguageModel) -> None:
+    """Raise EditError if edits are applied to it."""
+    from errata.edits.stack import Stack
+
+    if Stack.of(lm).active:
+        raise EditError(f"{lm.name} has edits applied; revert them first: a ledger is about the unedited model")
+
+
 def is_ledger(folder: Path) -> bool:
     """Whether the folder holds a ledger. Its database comes into being whole, so an empty one is none."""
     path = folder / DATABASE
@@ -481,6 +518,12 @@ def request_of(
     """Names a request: the same facts, rephrasings and locality prompts, asked for in the same way, together with the same others."""
     told = [[fact.to_dict() for one in (case, *beside) for fact in one.facts], rows.asked([case, *beside])]
     return digest([told, method, objective, seed, limits])
+
+
+def check_seed(seed: int) -> None:
+    """Raise EditError for one that SQLite cannot keep."""
+    if not -(2**63) <= seed < 2**63:
+        raise EditError(f"the seed {seed} has more than 63 bits; give a smaller one")
 
 
 def _begin(path: Path, base: Base) -> None:

@@ -50,9 +50,9 @@ class Objects:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise LedgerDamaged(f"{path} is missing; put it back from a backup, or undo the edit that needs it") from None
+            raise LedgerDamaged(f"{path} is missing; put it back from a backup") from None
         if hashlib.sha256(data).hexdigest() != name:
-            raise LedgerDamaged(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup, or undo the edit of it")
+            raise LedgerDamaged(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup")
         return data
 
     def path(self, name: str) -> Path:

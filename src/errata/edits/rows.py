@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from errata.edits.errors import LedgerBusy, LedgerDamaged, LedgerUnopened
+from errata.edits.errors import EditError, LedgerBusy, LedgerDamaged, LedgerUnopened
 from errata.facts import EditCase, Fact, Probe, prompt_key
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "base": ("number", "name", "fingerprint", "dtype"),
     "edits": (
         "number", "id", "made", "facts", "asked", "method", "objective", "seed", "parent", "layout", "tensors", "memory", "diagnostics",
-        "metrics", "note", "active",
+        "metrics", "note", "limits", "active",
     ),
     "events": ("number", "at", "action", "edit", "reason"),
     "rejections": ("number", "at", "request", "facts", "reason", "metrics", "event"),
@@ -38,7 +38,7 @@ SCHEMA = (
     CREATE TABLE edits (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, made TEXT NOT NULL, facts TEXT NOT NULL, asked TEXT NOT NULL,
         method TEXT NOT NULL, objective TEXT NOT NULL, seed INTEGER NOT NULL, parent INTEGER, layout TEXT NOT NULL, tensors TEXT,
-        memory TEXT, diagnostics TEXT NOT NULL, metrics TEXT, note TEXT, active INTEGER NOT NULL, checksum TEXT NOT NULL
+        memory TEXT, diagnostics TEXT NOT NULL, metrics TEXT, note TEXT, limits TEXT, active INTEGER NOT NULL, checksum TEXT NOT NULL
     );
     CREATE TABLE events (
         number INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, action TEXT NOT NULL, edit INTEGER NOT NULL, reason TEXT,
@@ -74,7 +74,8 @@ class Entry:
     number: its place in the order. id: names what it is (base, facts, method, objective, seed, tensors); made again, it is the same.
     made: when, UTC. parent: the last edit that was active when it was made. note: who asked for it, or why.
     cases: the requests that it answers, with their rephrasings and locality prompts.
-    metrics: what was measured before and after, if anything. layout, tensors, memory: what `Ledger.edit` reads.
+    metrics: what was measured before and after, if anything. limits: what it was not to break then; None where nothing was asked.
+    layout, tensors, memory: what `Ledger.edit` reads.
     """
 
     number: int
@@ -92,6 +93,7 @@ class Entry:
     diagnostics: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
     note: str | None
+    limits: Mapping[str, Any] | None
     active: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def base_of(row: Row, where: Path) -> Base:
 def entry_of(row: Row, where: Path) -> Entry:
     """The edit in a row."""
     field = dict(zip(FIELDS["edits"], _whole("edits", row, where), strict=True))
-    read = {name: _read(field[name]) for name in ("method", "objective", "layout", "memory", "diagnostics", "metrics")}
+    read = {name: _read(field[name]) for name in ("method", "objective", "layout", "memory", "diagnostics", "metrics", "limits")}
     facts = _facts(field["facts"])
     cases = _cases(facts, json.loads(field.pop("asked")))
     return Entry(**{**field, **read, "facts": facts, "cases": cases, "active": bool(field["active"])})
@@ -230,6 +232,8 @@ def sql(path: Path) -> Iterator[None]:
     """SQLite's failures in our words."""
     try:
         yield
+    except sqlite3.ProgrammingError as error:
+        raise EditError(f"{path} was closed, or opened in another thread ({error}); open the ledger again here") from error
     except (sqlite3.Error, UnicodeDecodeError) as error:  # of a damaged schema not even the message is text
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the kind; SQLite's finer codes differ from version to version
         if code == sqlite3.SQLITE_FULL:
