@@ -101,7 +101,7 @@ def test_undo_with_rebase(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said(capsys, "edit", "--model", "tiny", "--out", "L", *options, "--fact", "{Lyon} lies in -> Spain")
     (here / "strict.yaml").write_text("perplexity: 0\n")
     code, _, err = said(capsys, "undo", "L", "6", "--rebase", "--gate", "strict.yaml")
-    assert code == 2 and "edit 7 cannot be made again: " in err and "nothing was changed (--no-gate" in err
+    assert code == 2 and "edit 7 cannot be made again: " in err and "nothing was changed (other limits" in err
     assert told(capsys, "undo", "L", "7")["checksum"] == sums
 
 

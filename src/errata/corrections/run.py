@@ -70,8 +70,8 @@ def correct(
     """Edit what the cases ask for, on top of what the ledger holds, and enter it; one outcome a case, in their order.
 
     batch: so many cases become one edit. limits: what an edit must not break, None: it stays whatever it does.
-    force: also what the model knows already, or was turned down before. replace: an active edit that says otherwise about the same prompt
-        is undone for the new one; without it the request is rejected.
+    force: also what the model knows already, was turned down before, or was made and is not said.
+    replace: an active edit that says otherwise about the same prompt is undone for the new one; without it the request is rejected.
     watch: is shown the session before the first edit.
 
     What is done is in the ledger at once: stopped or killed, the same call goes on, and comes to the same weights. The model, to which no
@@ -117,6 +117,7 @@ def rebase(
     if undone and not again:
         raise EditError(f"edit {min(undone)} of {ledger.folder} is undone already, and no active one was made on top of it")
     gone = {*out, *(entry.number for entry in again)} - undone
+    why = f"made again without {', '.join(map(str, out))}"
     sessions: dict[str, Session] = {}
     new: list[New] = []
     stack = Stack.of(lm)
@@ -137,23 +138,17 @@ def rebase(
             gate = gates[name]
             tried = _try(lm, sessions[key], entry.cases, entry.seed, gate, gate.ordinary() if gate else None)
             if tried.edit is None:
-                raise EditError(
-                    f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed (--no-gate, or limits of your own with "
-                    "--gate, would let it pass)"
-                    if tried.metrics
-                    else f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed"
-                )
+                way = " (other limits, or none, would let it pass: --gate, --no-gate)" if tried.metrics else ""
+                raise EditError(f"edit {entry.number} cannot be made again: {tried.reason}; nothing was changed{way}")
             for session in sessions.values():  # the one that made it, and those that differ in the seed alone
                 session.resume([tried.edit])
             applied.append(tried.edit)
-            why = f"edit {entry.number}, made again without {', '.join(map(str, out))}"
-            new.append(New(tried.edit, entry.seed, entry.note, entry.cases, why, record))
+            new.append(New(tried.edit, entry.seed, entry.note, entry.cases, f"edit {entry.number}, {why}", record))
             if progress:
                 progress(done + 1, len(again), "made again")
     finally:
         stack.clear()
-    without = ", ".join(map(str, out))
-    return ledger.add(*new, undoing={number: reason if number in out else f"made again without {without}" for number in sorted(gone)})
+    return ledger.add(*new, undoing={number: reason if number in out else why for number in sorted(gone)})
 
 
 @dataclass
@@ -283,10 +278,10 @@ class _Desk:
             if (said := asked.get(prompt, mine[prompt])) != target:
                 return self._contradicted(case, f"another request says {said!r} about the same; ask for one of them")
         held = [self.held.get(statement, 0) for statement in facts.items()]
-        if all(held) and not self.force:
+        if all(held) and ((says := self._says(case)) or not self.force):
             number = max(held)
             doubt = f"edit {number} was made for it, and the model does not say it now; force it to try again"
-            return Outcome(case, SKIPPED, f"edit {number} says so already" if self._says(case) else doubt, number)
+            return Outcome(case, SKIPPED, f"edit {number} says so already" if says else doubt, number)
         if not self.force and (reason := self._turned_down(case, beside)) is not None:
             if reason == KNOWN and not self._says(case):
                 reason = f"{KNOWN}; it does not any more"
