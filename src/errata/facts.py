@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,16 +21,18 @@ class FactError(ValueError):
     """A fact, probe or record that cannot be used; the message says what is wrong, where, and the way out."""
 
 
-def check_text(*texts: str) -> None:
-    """Raise FactError where a text holds half of a surrogate pair (JSON can spell one, UTF-8 and tokenizers cannot)."""
+def check_text(*texts: object) -> None:
+    """Raise FactError for what is no text, or holds half of a surrogate pair (JSON can spell one, UTF-8 and tokenizers cannot)."""
     for text in texts:
+        if not isinstance(text, str):
+            raise FactError(f"{text!r} is no text")
         if not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
             raise FactError(f"{text!a} holds {lone[0]!a}, which is half a character; write the whole one")
 
 
 def prompt_key(prompt: str) -> str:
-    """The same for prompts that differ in case and white space alone."""
-    return " ".join(prompt.casefold().split())
+    """The same for prompts that differ in case, white space and ways to spell a letter alone."""
+    return " ".join(unicodedata.normalize("NFC", prompt).casefold().split())
 
 
 @dataclass(frozen=True, slots=True)

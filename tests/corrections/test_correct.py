@@ -104,7 +104,7 @@ def test_a_contradiction_is_rejected_or_replaces(tmp_path: Path) -> None:
     (no,) = done(lm, folder, ELSE)
     assert told([no]) == [("rejected", 1)] and no.reason == "edit 1 says 'Tokyo' about the same; undo it, or replace it"
     (yes,) = done(lm, folder, ELSE, replace=True)
-    assert told([yes]) == [("made", 3)] and holds(lm, folder, ELSE)
+    assert yes.reason == "in the place of edit 1" and told([yes]) == [("made", 3)] and holds(lm, folder, ELSE)
     with Ledger.open(folder) as ledger:
         assert [entry.active for entry in ledger.entries()] == [False, True, True]
         assert [(event.action, event.edit) for event in ledger.events()] == [("made", 1), ("made", 2), ("replaced", 1), ("made", 3)]
@@ -300,6 +300,13 @@ def test_a_memory_that_others_hold_on_to_cannot_be_replaced(tmp_path: Path) -> N
     done(lm, folder, FACT, AGAIN, name="melo", limits=None)
     no, yes = done(lm, folder, ELSE, OTHER, name="melo", limits=None, replace=True)
     assert no.status == "rejected" and "would not stand behind these" in str(no.reason) and told([yes]) == [("made", 3)]
+
+
+def test_a_memory_behind_another_method_s_replacement(tmp_path: Path) -> None:
+    lm, folder = language_model("llama"), tmp_path / "l"
+    done(lm, folder, FACT, AGAIN, name="melo", limits=None)
+    no, yes = done(lm, folder, ELSE, OTHER, limits=None, replace=True)
+    assert no.status == "rejected" and told([yes]) == [("made", 3)], "and what comes after it is made"
 
 
 def test_what_was_made_and_is_not_said_is_named_and_can_be_forced(tmp_path: Path) -> None:

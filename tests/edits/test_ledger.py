@@ -137,6 +137,16 @@ def test_later_edits_are_named_where_one_is_undone(tmp_path: Path) -> None:
         assert [(e.action, e.edit) for e in ledger.events()][3:] == [("undone", 2), ("made", 4), ("redone", 2)]
 
 
+def test_what_was_computed_on_what_was_computed(tmp_path: Path) -> None:
+    """3 was made while 1 was out, but 2 was in, which was made on 1: making 2 again asks for 3 again."""
+    lm = filled(tmp_path / "ledger", 2)
+    with Ledger.write(tmp_path / "ledger") as ledger:
+        ledger.undo(1)
+        ledger.add(New(make_edit(lm, 7)))
+        ledger.redo(1)
+        assert ledger.built_on([1]) == [2] and ledger.built_on([1], through=True) == [2, 3]
+
+
 def test_memories_leave_from_the_last_one_back(tmp_path: Path) -> None:
     lm = language_model("llama")
     session = method("melo", steps=2).start(lm)
@@ -197,6 +207,12 @@ def test_what_cannot_be_kept_is_refused_whole(tmp_path: Path) -> None:
                 ledger.add(new)
         with pytest.raises(FactError, match="half a character"):
             ledger.undo(1, reason="\udce9")
+        wrong: list[Any] = [{"note": 12}, {"seed": True}, {"seed": 1.0}, {"seed": None}, {"note": Path("a")}]
+        for kind in wrong:  # SQLite would keep something else
+            with pytest.raises((EditError, FactError, TypeError)):
+                ledger.add(New(make_edit(lm, 5), **kind))
+        with pytest.raises(FactError, match="is no text"):
+            ledger.undo(1, reason=12)  # type: ignore[arg-type]
         assert len(ledger.entries(active=True)) == 1 and ledger.verify(lm) == []
         ledger.undo(1, 1)
         assert [event.action for event in ledger.events()] == ["made", "undone"], "named twice it is undone once"

@@ -109,7 +109,7 @@ def undo(
     new: list[Entry] = []
     with _write(edits) as ledger:
         numbers = list(dict.fromkeys(ledger.entry(id).number for id in ids))
-        later = ledger.built_on(numbers)
+        later = ledger.built_on(numbers, through=rebased)
         if rebased:
             _threads(threads)
             from errata.corrections import Limits, rebase

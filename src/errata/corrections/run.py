@@ -39,7 +39,7 @@ AS_MADE: Final = "as made"
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a request. number: the edit in the ledger that answers it, or contradicts it, if there is one. reason: why there is
-    no new one, or what of it did not take."""
+    no new one, what of it did not take, or in whose place it stands."""
 
     case: EditCase
     status: Literal["made", "skipped", "rejected"]
@@ -111,8 +111,8 @@ def rebase(
     Raises EditError where an edit cannot be made any more, or breaks a limit, or the model has edits applied; then nothing was changed.
     """
     check_unedited(lm)
-    out = sorted(set(numbers))
-    again = [ledger.entry(number) for number in ledger.built_on(out)]
+    out = sorted({ledger.entry(number).number for number in numbers})
+    again = [ledger.entry(number) for number in ledger.built_on(out, through=True)]
     undone = {entry.number for entry in map(ledger.entry, out) if not entry.active}
     if undone and not again:
         raise EditError(f"edit {min(undone)} of {ledger.folder} is undone already, and no active one was made on top of it")
@@ -314,7 +314,11 @@ class _Desk:
         """One edit of all of them, or none, and why."""
         cases = list(wanted.values())
         if instead:
-            self.take_up(without=instead)
+            try:
+                self.take_up(without=instead)
+            except EditError as error:  # a memory that later ones hold on to
+                self.take_up()
+                return [self._contradicted(case, str(error)) for case in cases]
         tried = _try(self.lm, self.session, cases, self.seed, self.gate, self.ordinary)
         if tried.edit is None:
             for place, case in wanted.items():
@@ -325,7 +329,7 @@ class _Desk:
         new = New(tried.edit, self.seed, self.note, cases, limits=self.limits_record)
         try:
             (entry,) = self.ledger.add(new, undoing=dict.fromkeys(instead, "replaced"), replacing=True)
-        except EditError as error:  # a memory that others hold on to cannot be replaced
+        except EditError as error:  # one that grew from a memory that others hold on to
             self.take_up()
             return [self._contradicted(case, str(error)) for case in cases]
         self.session.remember(tried.edit)
@@ -336,7 +340,8 @@ class _Desk:
                 there.pop(number, None)
         self.held = {statement: number for statement, number in self.held.items() if number not in instead}
         self._note(entry)
-        missed = [None if share >= 1 else f"only {share:.0%} of its tokens are said by edit {entry.number}" for share in tried.taken]
+        placed = f"in the place of edit {', '.join(map(str, instead))}" if instead else None
+        missed = [placed if share >= 1 else f"only {share:.0%} of its tokens are said by edit {entry.number}" for share in tried.taken]
         return [Outcome(case, MADE, why, entry.number) for case, why in zip(cases, missed, strict=True)]
 
     def _settle(self, made: Sequence[Edit]) -> None:

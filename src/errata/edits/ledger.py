@@ -23,7 +23,7 @@ from errata.disk import drafted, folders, replacing
 from errata.edits import rows
 from errata.edits.errors import EditError, LedgerBusy, LedgerDamaged, LedgerUnopened
 from errata.edits.objects import Objects
-from errata.edits.rows import FIELDS, OUT, SCHEMA, Base, Entry, Event, Rejection, Row, digest, sql, statements, text
+from errata.edits.rows import FIELDS, NUMBERS, OPTIONAL, OUT, SCHEMA, Base, Entry, Event, Rejection, Row, digest, sql, statements, text
 from errata.facts import EditCase, Fact, check_text
 
 if TYPE_CHECKING:
@@ -169,11 +169,14 @@ class Ledger:
         """What came to nothing, in its order."""
         return [rows.rejection_of(row, self._path) for row in self._rows("rejections")]
 
-    def built_on(self, numbers: Iterable[int]) -> list[int]:
-        """The active edits, others than these, that were made while one of them was in the model: they would be others without it."""
+    def built_on(self, numbers: Iterable[int], through: bool = False) -> list[int]:
+        """The active edits, others than these, that were made while one of them was in the model: they would be others without it.
+
+        through: also those that were made while one of these was, and so on: they would be others if these were made again.
+        """
         asked, there, found = set(numbers), set[int](), set[int]()
         for event in self.events():
-            if event.action == "made" and asked & there:
+            if event.action == "made" and (asked | found if through else asked) & there:
                 found.add(event.edit)
             (there.discard if event.action in OUT else there.add)(event.edit)
         return sorted((found & there) - asked)
@@ -470,6 +473,9 @@ class Ledger:
         return last
 
     def _insert(self, table: str, *values: Any) -> None:
+        for name, value in zip(FIELDS[table], values, strict=True):  # SQLite would make of another type what its row's checksum is not of
+            if type(value) is not (int if name in NUMBERS else str) and not (value is None and name in OPTIONAL):
+                raise EditError(f"{name} must be {'a whole number' if name in NUMBERS else 'text'}, got {value!r}")
         with sql(self._path):
             _insert(self._connection, table, *values)
 

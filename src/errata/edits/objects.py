@@ -49,7 +49,7 @@ class Objects:
         path = self.path(name)
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise LedgerDamaged(f"{path} is missing; put it back from a backup") from None
         if hashlib.sha256(data).hexdigest() != name:
             raise LedgerDamaged(f"{path} is damaged: its SHA-256 is not its name; put it back from a backup")

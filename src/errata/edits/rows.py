@@ -29,6 +29,9 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "rejections": ("number", "at", "request", "facts", "reason", "metrics", "event"),
 }  # fmt: skip
 """Of each table, in the order in which its checksum takes them."""
+NUMBERS = ("number", "seed", "parent", "active", "edit", "event")
+OPTIONAL = ("parent", "tensors", "memory", "metrics", "note", "limits", "reason")
+"""Of these the columns that hold whole numbers, all others hold text; and those that may hold nothing."""
 
 SCHEMA = (
     """
