@@ -57,7 +57,7 @@ class Measurement:
 
     def take(self, lm: LanguageModel, about: About) -> Any:
         """What the model as it is gives: a tensor, or JSON-ready."""
-        raise NotImplementedError
+        raise NotImplementedError  # of what only `check` makes ready (Ability knows no folder, Asked does)
 
     def tell(self, before: Any, after: Any, last: bool) -> Record:
         """What stands in the line."""
