@@ -37,6 +37,7 @@ demo: install
 	$(BIN)/errata demo
 
 # Stopped at any moment, it goes on. With DATA (a folder with ability/cola.json …) it is another run, in a folder of its own.
+DATA    ?= $(ERRATA_DATA)
 RUNS    := .report$(if $(DATA),-ability)
 ABILITY := $(if $(DATA),--also perplexity$(comma)ability$(comma)drift$(comma)fluency$(comma)extended --data-dir $(DATA) --set ability.limit=40)
 report: install
