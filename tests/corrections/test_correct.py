@@ -196,6 +196,22 @@ def test_stopped_and_gone_on_with_ends_at_the_same_weights(name: str, tmp_path: 
     assert same(now(lm, tmp_path / "whole"), now(lm, tmp_path / "cut"))
 
 
+@pytest.mark.parametrize("name", ["alphaedit", "deltaedit", "ft-m"])
+def test_stopped_around_a_replacement_it_ends_at_the_same_weights(name: str, tmp_path: Path) -> None:
+    """The third request takes the place of the first, with the second made on top of it: what stays in the sums must not depend on who
+    saw it happen."""
+    lm, asked, more = language_model("llama"), (ELSE, AGAIN), Fact("{} was born in", "Marie Curie", "Lyon")
+    checksums, found = set(), []
+    for stop in range(3):
+        for part in ((FACT, OTHER), asked[:stop], (*asked[stop:], more)):  # without the gate: a few steps do not make them true
+            done(lm, tmp_path / str(stop), *part, name=name, settings={"steps": 3}, limits=None, replace=True)
+        with Ledger.open(tmp_path / str(stop)) as ledger:
+            checksums.add(ledger.checksum)
+            assert [(event.action, event.edit) for event in ledger.events()][2:4] == [("replaced", 1), ("made", 3)]
+        found.append(now(lm, tmp_path / str(stop)))
+    assert len(checksums) == 1 and all(same(one, found[0]) for one in found)
+
+
 def test_the_model_that_edits_is_the_one_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded while editing, taken up from the disk afterwards: the same bits at every edit."""
     lm, seen = language_model("llama"), []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement, Stack
-from errata.edits.edit import RECORD, TENSORS
+from errata.edits.edit import RECORD, TENSORS, Trail
 from errata.facts import Fact
 from errata.lm import ModelError, encode
 from tests import families
@@ -258,7 +258,7 @@ def flip_a_bit(folder: Path) -> None:
         (rewrite(facts=["?"]), r"edit\.json is damaged"),
         (rewrite(deltas=[{"kind": "odd", "path": "a"}]), r"edit\.json is damaged.*odd"),
         (rewrite(deltas=[{"kind": "dense", "path": "a"}] * 9), r"deltas\.safetensors does not hold"),
-        (rewrite(format=3, facts=None), r"edit\.json has format 3, this errata reads up to 2; install a newer"),
+        (rewrite(format=4, facts=None), r"edit\.json has format 4, this errata reads up to 3; install a newer"),
         (rewrite(model={"name": "other", "fingerprint": "0" * 64}), r"edit\.json was made for the model 'other' \(000000000000\)"),
         (flip_a_bit, r"deltas\.safetensors is damaged"),
         (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:50]), r"deltas\.safetensors is damaged"),
@@ -436,16 +436,17 @@ def test_a_replacement_wipes_what_was_there(tmp_path: Path) -> None:
         Edit(lm, [Replacement("a", wanted)], [FACT], {}).apply()
 
 
-def test_keys_travel_with_the_edit(tmp_path: Path) -> None:
+def test_its_trail_travels_with_the_edit_and_its_keys_do_not(tmp_path: Path) -> None:
     lm = make_lm()
-    keys = {"b": torch.randn(3, IN, dtype=torch.float64), "conv": torch.randn(1, IN)}
-    make_edit(lm, keys=keys).save(tmp_path / "edit")
+    trail = Trail("abcd", {"factor.1": torch.randn(3, 3, dtype=torch.float64), "keys.2": torch.randn(1, IN)})
+    make_edit(lm, keys={"b": torch.randn(3, IN)}, trail=trail).save(tmp_path / "edit")
     loaded = Edit.load(tmp_path / "edit", lm)
-    assert list(loaded.keys) == list(keys) and all(torch.equal(loaded.keys[path], keys[path]) for path in keys)
-    assert loaded.keys["b"].dtype == torch.float64 and make_edit(lm).keys == {}
+    assert loaded.trail is not None and loaded.trail.after == "abcd" and loaded.keys == {}
+    assert loaded.trail.tensors.keys() == trail.tensors.keys()
+    assert all(torch.equal(loaded.trail.tensors[name], tensor) for name, tensor in trail.tensors.items())
     record = json.loads((tmp_path / "edit" / RECORD).read_text())
-    del record["keys"]  # an edit of before there were any
+    del record["after"]  # an edit of before there were any
     (tmp_path / "edit" / RECORD).write_text(json.dumps(record))
-    assert Edit.load(tmp_path / "edit", lm).keys == {}
+    assert Edit.load(tmp_path / "edit", lm).trail is None
     with pytest.raises(EditError, match="keys for 'a' must be a floating-point matrix"):
         make_edit(lm, keys={"a": torch.zeros(IN)})

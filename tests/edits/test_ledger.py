@@ -110,7 +110,7 @@ def test_three_methods_undone_and_redone_at_random(steps: list[str], draw: Any, 
                     continue
                 getattr(ledger, step)(draw.choice(there).number)
                 Stack.of(lm).clear()
-                applied = ledger.apply(lm, keys=True)
+                applied = ledger.apply(lm)
             else:
                 session = method(step, **({"steps": 3} if step != "ft-m" else {})).start(lm)
                 session.resume(applied)

@@ -95,7 +95,7 @@ def test_history_holds_on_to_what_was_written() -> None:
 
 
 def test_the_key_that_was_solved_with_is_the_edited_models_own() -> None:
-    """Published code computes the keys once more after the edit, for the history. It need not: see `LocateSession.keep_keys`."""
+    """Published code computes the keys once more after the edit, for the history. It need not: see `LocateSession.remember`."""
     lm = language_model("llama", dtype=torch.float64)
     session: Any = errata.AlphaEdit(**TEXT, layers=(0, 1, 2)).start(lm)
     edit = session.edit([FACTS[0]])
@@ -104,6 +104,88 @@ def test_the_key_that_was_solved_with_is_the_edited_models_own() -> None:
         again = Sweep(lm, requests, session.layers).before
     for layer in session.layers:
         torch.testing.assert_close(session.key(again[layer]), edit.keys[lm.anatomy.mlp_down[layer]], atol=1e-9, rtol=1e-7)
+
+
+LAST = (1,)
+KEEPERS = {
+    "alphaedit": errata.AlphaEdit(**TEXT, layers=(0, 1)),
+    "deltaedit": errata.DeltaEdit(**TEXT, layers=(0, 1), warm_up=1),
+    "memit+history": errata.MEMIT(**TEXT, layers=(0, 1), weight=1e-6, history=True),  # hardly any moments: a key's share in M is 1e7
+    "rect+history": errata.RECT(**TEXT, layers=LAST, history=True),  # its β stands in no edit
+}
+
+
+def sums(session: Any) -> list[torch.Tensor]:
+    """What a session has made of its history, layer by layer."""
+    return [ridge.solve(torch.eye(ridge.width, dtype=torch.float64)[:8]) for ridge in session.ridges.values()]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(sums(one), sums(other), strict=True)) and one.lineage == other.lineage
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_a_history_is_in_the_edits_and_small(name: str) -> None:
+    """A session that goes on has the sums of the one that made the edits, to the bit; the keys are kept only where nothing less will do."""
+    lm, method = language_model("llama"), KEEPERS[name]
+    session: Any = method.start(lm)
+    edits = []
+    for fact in FACTS[:4]:
+        edits.append(session.edit([fact]))
+        edits[-1].apply()
+    fresh: Any = method.start(lm)
+    fresh.resume(edits[:1])
+    fresh.resume(edits[1:])  # in two steps, as well
+    assert equal(fresh, session)
+    kept = {key.partition(".")[0]: tensor for edit in edits if edit.trail for key, tensor in edit.trail.tensors.items()}
+    if name in ("alphaedit", "deltaedit"):
+        assert kept.keys() == {"factor"} and kept["factor"].shape == (1, 1)
+    else:
+        assert "keys" in kept
+
+
+def test_methods_that_forget_keep_nothing() -> None:
+    edit = errata.edit(language_model("llama"), FACTS[0], errata.MEMIT(**TEXT, layers=LAST))
+    assert edit.trail is None and edit.keys
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_a_history_with_a_gap_is_looked_at_again(name: str) -> None:
+    """The second of three is undone: the keys of the others are the model's own, as it was when the session took them up; and they stay
+    so when others have been made since."""
+    lm, method = language_model("llama"), KEEPERS[name]
+    first, undone, third = in_a_row(lm, method, FACTS[:3])
+    undone.revert()
+    session: Any = method.start(lm)
+    session.resume([first, third])
+    requests = [request(lm, fact, session.prefixes) for fact in (FACTS[0], FACTS[2])]
+    before = Sweep(lm, requests, session.layers).before
+    plain: Any = method.start(lm)
+    for layer, ridge in plain.ridges.items():
+        ridge.remember(plain.key(before[layer]))
+    assert all(torch.equal(a, b) for a, b in zip(sums(session), sums(plain), strict=True))
+    later = []
+    for fact in FACTS[3:]:
+        later.append(session.edit([fact]))
+        later[-1].apply()
+    weights = [lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[layer]).clone() for layer in session.layers]
+    fresh: Any = method.start(lm)
+    fresh.resume([first, third, *later])
+    assert equal(fresh, session)
+    assert [lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[layer]).tolist() for layer in session.layers] == [w.tolist() for w in weights]
+    assert Stack.of(lm).active == [first, third, *later]
+
+
+def test_edits_that_were_not_made_on_one_another_go_together_too() -> None:
+    """Three edits of the unedited model about one subject, as `Method.many` makes them: nothing has to be known of one another."""
+    lm, method = language_model("llama"), KEEPERS["alphaedit"]
+    facts = [replace(FACTS[0], target=target) for target in ("Tokyo", "Lyon", "Paris")]
+    edits = [edit for edit in method.many(lm, [[fact] for fact in facts], [0, 0, 0]) if isinstance(edit, Edit)]
+    Stack.of(lm).apply(*edits)
+    session: Any = method.start(lm)
+    session.resume(edits)
+    assert [ridge.count for ridge in session.ridges.values()] == [3, 3]
+    assert session.edit([FACTS[3]]).diagnostics["losses"]
 
 
 def test_rect_keeps_the_entries_that_change_most() -> None:

@@ -156,6 +156,23 @@ def test_remembering_what_was_just_solved_costs_no_second_pass_over_the_prior() 
         assert relative(ridge.solve(rows(2, 12)), plain.solve(rows(2, 12))) < 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("fold_at", [0, NEVER])
+def test_what_was_solved_says_what_is_to_be_remembered(fold_at: int, dtype: torch.dtype, error: float) -> None:
+    """β, also as it stands in an edit, and L in the place of the keys: of single facts, of batches, of a key that comes back."""
+    straight, recalled = (Ridge(null_space_prior(identity_prior, 0.1), D_IN, fold_at=fold_at) for _ in range(2))
+    for edit, facts in enumerate([1, 3, 2, 1, 5, 1]):
+        keys = rows(facts, 0 if edit == 3 else edit)
+        straight.solve(keys)
+        straight.remember(keys)
+        beta = recalled.solve(keys).to(dtype)
+        assert recalled.factor is not None
+        recalled.recall(beta, recalled.factor)
+    assert recalled.count == straight.count == 13
+    for current in (rows(1, 0), rows(4, 9)):
+        assert relative(recalled.solve(current), straight.solve(current)) < error
+
+
 @pytest.mark.parametrize(("width", "memory"), [(EVEN, 8 * EVEN**2), (EVEN + 1, 8 * (EVEN + 1) * 16)])
 def test_only_narrow_keys_cost_the_same_from_the_first_on(width: int, memory: int) -> None:
     """Beyond, a dense matrix for one key would be out of all proportion: a row, with room for 15 more."""

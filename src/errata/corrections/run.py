@@ -122,7 +122,7 @@ def rebase(
     new: list[New] = []
     stack = Stack.of(lm)
     try:
-        applied = [ledger.edit(entry, lm, keys=True) for entry in ledger.entries(active=True) if entry.number not in gone]
+        applied = [ledger.edit(entry, lm) for entry in ledger.entries(active=True) if entry.number not in gone]
         stack.apply(*applied)
         gates: dict[str, Gate | None] = {}
         for done, entry in enumerate(again):
@@ -232,7 +232,7 @@ class _Desk:
         """Bring model and session to where the ledger stands, but for some of its edits."""
         Stack.of(self.lm).clear()
         left = set(without)
-        applied = [self.ledger.edit(entry, self.lm, keys=True) for entry in self.ledger.entries(active=True) if entry.number not in left]
+        applied = [self.ledger.edit(entry, self.lm) for entry in self.ledger.entries(active=True) if entry.number not in left]
         Stack.of(self.lm).apply(*applied)
         self.session = self.method.start(self.lm, self.objective, self.seed)
         if self.watch:

@@ -39,7 +39,7 @@ def compare(ledger: Ledger, one: Entry, other: Entry) -> dict[str, Any]:
 def _changes(ledger: Ledger, entry: Entry) -> dict[str, list[Delta]]:
     tensors = {} if entry.tensors is None else ledger.objects.get(entry.tensors)
     found: dict[str, list[Delta]] = {}
-    for delta in assembled(entry.layout, tensors, keys=False)[0]:
+    for delta in assembled(entry.layout, tensors)[0]:
         found.setdefault(delta.path, []).append(delta)
     return found
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,25 @@ if TYPE_CHECKING:
     from errata.edits.export import Exported
     from errata.lm.model import LanguageModel
 
-FORMAT = 2  # 1 knew no memories
+FORMAT = 3  # 1 knew no memories, 2 kept keys in the place of a trail
 RECORD, TENSORS = "edit.json", "deltas.safetensors"
 
 
-Layout = dict[str, list[Any]]
-"""Which deltas and keys the tensors of an edit are: {"deltas": [{"kind", "path"}], "keys": [path]}, ready for JSON."""
+Layout = dict[str, Any]
+"""What the tensors of an edit are: {"deltas": [{"kind", "path"}], "after": `Trail.after`, None without a trail}, ready for JSON."""
 
 Metrics = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trail:
+    """What a session that goes on from an edit must know of it, besides its deltas.
+
+    after: names what the session remembered when it made the edit. tensors: by names that the session chose.
+    """
+
+    after: str
+    tensors: Mapping[str, Tensor]
 
 
 class Edit:
@@ -44,9 +56,11 @@ class Edit:
     facts: what it is to make true.
     method, objective: name and hyper-parameters, ready for JSON; objective is None where nothing was optimised.
     diagnostics: steps, losses, seconds by stage …, ready for JSON.
-    keys: path -> the keys [F, d_in] that it was solved with, one of each fact; empty for methods that use none.
+    keys: path -> the keys [F, d_in] that it was solved with, one of each fact; empty for methods that use none. They are for who looks on
+        while edits are made, and are not saved: a later session needs the trail only.
     memory: what is kept beside the weights, holding all earlier edits of its session too; None for methods that write into weights.
     metrics: what was measured of the model "before" and "after" it, by name, ready for JSON; None where nothing was.
+    trail: what a session must know to go on from it; None for methods that carry nothing from edit to edit but what is in the weights.
 
     Raises EditError if a key tensor is no floating-point matrix, or still carries a graph.
     """
@@ -62,6 +76,7 @@ class Edit:
         keys: Mapping[str, Tensor] | None = None,
         memory: Memory | None = None,
         metrics: Metrics | None = None,
+        trail: Trail | None = None,
     ) -> None:
         self.lm = lm
         self.lm_fingerprint: str = lm.fingerprint  # taken before any edit can have changed the weights
@@ -73,6 +88,7 @@ class Edit:
         self.keys = dict(keys or {})
         self.memory = memory
         self.metrics = metrics
+        self.trail = trail
         for path, tensor in self.keys.items():
             check_matrix(path, keys=tensor)
 
@@ -108,10 +124,11 @@ class Edit:
                 self.revert()
 
     def parts(self) -> tuple[Layout, dict[str, Tensor]]:
-        """Its deltas and keys as names and tensors; `assembled` puts them together again."""
+        """Its deltas and its trail as names and tensors; `assembled` puts them together again."""
         tensors = {f"{i}.{name}": tensor for i, delta in enumerate(self.deltas) for name, tensor in delta.tensors().items()}
-        tensors |= {f"keys.{i}": tensor for i, tensor in enumerate(self.keys.values())}
-        return {"deltas": [{"kind": delta.kind, "path": delta.path} for delta in self.deltas], "keys": list(self.keys)}, tensors
+        tensors |= {f"trail.{name}": tensor for name, tensor in (self.trail.tensors if self.trail else {}).items()}
+        deltas = [{"kind": delta.kind, "path": delta.path} for delta in self.deltas]
+        return {"deltas": deltas, "after": self.trail.after if self.trail else None}, tensors
 
     def save(self, folder: str | Path) -> None:
         """Write `edit.json` and `deltas.safetensors` into a new folder, all or nothing (a temporary folder, then a rename).
@@ -178,7 +195,7 @@ class Edit:
             if not newer:
                 name, fingerprint = str(record["model"]["name"]), str(record["model"]["fingerprint"])
                 parts = [{"kind": KINDS[part["kind"]].kind, "path": str(part["path"])} for part in record["deltas"]]
-                layout: Layout = {"deltas": parts, "keys": [str(module) for module in record.get("keys", [])]}
+                layout: Layout = {"deltas": parts, "after": record.get("after")}
                 facts = [Fact.from_dict(fact) for fact in record["facts"]]
                 method, diagnostics, sha256 = dict(record["method"]), dict(record["diagnostics"]), record["sha256"]
                 objective = None if record["objective"] is None else dict(record["objective"])
@@ -196,22 +213,24 @@ class Edit:
             raise EditError(f"{tensor_path} is damaged: its SHA-256 is not the one in {RECORD}; save the edit again")
         try:
             tensors = load_file(tensor_path)
-            deltas, keys = assembled(layout, tensors)
-            own = {name.removeprefix("memory."): tensor for name, tensor in tensors.items() if name.startswith("memory.")}
-            memory = None if state is None else load_memory({**state, "tensors": own})
+            deltas, trail = assembled(layout, tensors)
+            memory = None if state is None else load_memory({**state, "tensors": _under("memory.", tensors)})
         except (SafetensorError, KeyError, TypeError, EditError) as error:
             raise EditError(f"{tensor_path} does not hold what {RECORD} names ({error}); save the edit again") from error
-        return cls(lm, deltas, facts, method, objective, diagnostics, keys, memory, metrics)
+        return cls(lm, deltas, facts, method, objective, diagnostics, memory=memory, metrics=metrics, trail=trail)
 
 
-def assembled(layout: Layout, tensors: Mapping[str, Tensor], keys: bool = True) -> tuple[list[Delta], dict[str, Tensor]]:
-    """What `Edit.parts` took apart: deltas and keys, or no keys. Raises KeyError, TypeError or EditError where they do not fit together."""
+def assembled(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[list[Delta], Trail | None]:
+    """What `Edit.parts` took apart: deltas and trail. Raises KeyError, TypeError or EditError where they do not fit together."""
     deltas: list[Delta] = []
     for i, part in enumerate(layout["deltas"]):
-        prefix = f"{i}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        deltas.append(KINDS[part["kind"]](part["path"], **own))
-    return deltas, {path: tensors[f"keys.{i}"] for i, path in enumerate(layout["keys"])} if keys else {}
+        deltas.append(KINDS[part["kind"]](part["path"], **_under(f"{i}.", tensors)))
+    after = layout.get("after")
+    return deltas, None if after is None else Trail(str(after), _under("trail.", tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

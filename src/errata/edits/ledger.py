@@ -181,8 +181,8 @@ class Ledger:
             (there.discard if event.action in OUT else there.add)(event.edit)
         return sorted((found & there) - asked)
 
-    def edit(self, entry: Entry, lm: LanguageModel, keys: bool = False) -> Edit:
-        """The edit itself, of the model of this ledger. keys: also those that it was solved with, which only a session needs that goes on.
+    def edit(self, entry: Entry, lm: LanguageModel) -> Edit:
+        """The edit itself, of the model of this ledger.
 
         Raises LedgerDamaged if its tensors are missing or not what they were, EditError if the model is another.
         """
@@ -192,7 +192,7 @@ class Ledger:
         self.check_base(lm)
         tensors = {} if entry.tensors is None else self.objects.get(entry.tensors)
         try:
-            deltas, solved = assembled(entry.layout, tensors, keys)
+            deltas, trail = assembled(entry.layout, tensors)
             memory = None
             if entry.memory is not None:
                 parts = {name: self.objects.get(place)["tensor"] for name, place in entry.memory["tensors"].items()}
@@ -200,23 +200,22 @@ class Ledger:
         except (KeyError, TypeError) as error:
             said = f"the tensors of edit {entry.number} of {self.folder} are not those that its row names ({error})"
             raise LedgerDamaged(f"{said}; put the ledger back from a backup") from error
-        return Edit(lm, deltas, entry.facts, entry.method, entry.objective, entry.diagnostics, solved, memory, entry.metrics)
+        asked = (entry.facts, entry.method, entry.objective, entry.diagnostics)
+        return Edit(lm, deltas, *asked, memory=memory, metrics=entry.metrics, trail=trail)
 
-    def edits(self, lm: LanguageModel, keys: bool = False) -> list[Edit]:
+    def edits(self, lm: LanguageModel) -> list[Edit]:
         """The active ones in their order; see `edit`."""
-        return [self.edit(entry, lm, keys) for entry in self.entries(active=True)]
+        return [self.edit(entry, lm) for entry in self.entries(active=True)]
 
-    def apply(self, lm: LanguageModel, keys: bool = False) -> list[Edit]:
+    def apply(self, lm: LanguageModel) -> list[Edit]:
         """Bring the model, to which nothing is applied, to where the ledger stands; the edits that are applied then. All of them, or none.
-
-        keys: as in `edit`.
 
         Raises EditError if edits are applied already.
         """
         from errata.edits.stack import Stack
 
         check_unedited(lm)
-        edits = self.edits(lm, keys)
+        edits = self.edits(lm)
         Stack.of(lm).apply(*edits)
         return edits
 
@@ -312,7 +311,7 @@ class Ledger:
         for entry in entries:
             about = f"edit {entry.number}: "
             if lm is not None and known:
-                problems += _told(partial(self.edit, entry, lm, keys=True), about)
+                problems += _told(partial(self.edit, entry, lm), about)
             else:
                 problems += [problem for name in entry.objects for problem in _told(partial(self.objects.get, name), about)]
         if not problems:
@@ -327,7 +326,7 @@ class Ledger:
         return self.folder / DATABASE
 
     def _kept(self, edit: Edit) -> tuple[Layout, str | None, dict[str, Any] | None]:
-        """Its tensors, put away: layout and name of those of deltas and keys, and its memory with names in the place of tensors."""
+        """Its tensors, put away: layout and name of those of deltas and trail, and its memory with names in the place of tensors."""
         layout, tensors = edit.parts()
         memory = None if edit.memory is None else edit.memory.state()
         if memory is not None:  # each by itself: what an edit has in common with the one before is there already

@@ -13,7 +13,6 @@ from errata.methods.memit import CRITICAL
 from errata.statistics.nullspace import NullSpace, null_space_for
 
 if TYPE_CHECKING:
-    from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
@@ -77,6 +76,11 @@ class AlphaSession(LocateSession):
 
     method: AlphaEdit
 
+    @property
+    def keeps(self) -> bool:
+        """See `LocateSession.keeps`."""
+        return True
+
     def ridge(self, layer: int) -> Ridge:
         return Ridge(null_space_prior(self.space(layer).project, self.l2(layer)), self.lm.anatomy.key_size, device=self.device)
 
@@ -88,10 +92,6 @@ class AlphaSession(LocateSession):
         """The null space of the unedited model's keys at a layer."""
         threshold, share = self.method.threshold, self.method.share
         return null_space_for(self.lm, self.moments, layer, threshold, share)
-
-    def remember(self, edit: Edit) -> None:
-        super().remember(edit)
-        self.keep_keys(edit)
 
     def diagnostics(self) -> dict[str, Any]:
         shares, ridges = ([part(layer) for layer in self.layers] for part in (lambda i: self.space(i).share, self.l2))

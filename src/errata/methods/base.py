@@ -168,7 +168,8 @@ class Session(ABC):
             last = self.finish()
         if not last:
             return edit
-        return Edit(self.lm, [*edit.deltas, *last], edit.facts, edit.method, edit.objective, edit.diagnostics, edit.keys, edit.memory)
+        said = (edit.facts, edit.method, edit.objective, edit.diagnostics)
+        return Edit(self.lm, [*edit.deltas, *last], *said, edit.keys, edit.memory, trail=edit.trail)
 
     def _from(self, facts: Sequence[Fact]) -> Edit:
         if not facts:
@@ -188,10 +189,13 @@ class Session(ABC):
         Edits of other methods, settings or objectives are passed over. Where some of an earlier session's are left out (undone, and so not
         applied), this one goes on as if they had never been remembered.
         """
+        for place in self.own(edits):
+            self.remember(edits[place])
+
+    def own(self, edits: Sequence[Edit]) -> list[int]:
+        """The places of those edits that a session like this one made: of this method, its settings and its objective."""
         settings = _plain([self.method.to_dict(), self.record()])
-        for edit in edits:
-            if _plain([edit.method, edit.objective]) == settings:
-                self.remember(edit)
+        return [place for place, edit in enumerate(edits) if _plain([edit.method, edit.objective]) == settings]
 
     def finish(self) -> list[Delta]:
         """What the method does once, at the end of a sequence (PRUNE), with the session's edits in the model; changes nothing itself."""

@@ -11,7 +11,6 @@ from errata.methods.locate.ridge import Ridge
 from errata.methods.locate.session import Locate, LocateSession
 
 if TYPE_CHECKING:
-    from errata.edits.edit import Edit
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
 
@@ -75,7 +74,7 @@ class MemitSession(LocateSession):
         assert weight is not None  # for_model filled it in
         return Ridge(lambda keys: inverse(keys) / weight, self.lm.anatomy.key_size, device=self.device)
 
-    def remember(self, edit: Edit) -> None:
-        super().remember(edit)
-        if self.method.history:
-            self.keep_keys(edit)
+    @property
+    def keeps(self) -> bool:
+        """See `LocateSession.keeps`."""
+        return self.method.history

@@ -12,6 +12,9 @@ With H the keys of earlier edits and M = (A + HHᵀ)⁻¹, Woodbury's identity g
     β = (slack·I + KGᵀ)⁻¹ G        and, once they are remembered,        M ← M − Gᵀ(I + KGᵀ)⁻¹G.
 With slack 1 that is (A + HHᵀ + KᵀK) β = K, and with M₀ = P/L2 AlphaEdit's (P(HHᵀ + KᵀK) + L2·I) β = PK, for Pβ = β. With slack 0 it is the
 Δ with ΔK = R exactly that is least in the metric A + HHᵀ: ROME's u/(uᵀk), u = C⁻¹k, for one fact.
+
+With slack 1 and LLᵀ = I + KGᵀ that is M ← M − (Lᵀβ)ᵀ(Lᵀβ): β and the F numbers by F of L say all that is to be remembered of an edit, so
+nobody has to keep its keys (`Ridge.factor`, `Ridge.recall`).
 (arXiv 2202.05262, 2210.07229, 2410.02355; DeltaEdit, eq. 6, 8 and 10.)
 """
 
@@ -142,6 +145,7 @@ class Ridge:
         self.count = 0
         self._recent = Rows(width, dtype, device)  # V
         self._dense: Tensor | None = None
+        self.factor: Tensor | None = None  # of the last solve: L [F, F], lower, LLᵀ = slack·I + KGᵀ
         self._solved: tuple[Tensor, Tensor, Tensor] | None = None  # of the last solve: K, G and L⁻¹G
 
     @property
@@ -163,7 +167,7 @@ class Ridge:
         """
         keys = self._checked(keys)
         g = self._apply(keys)
-        factor = self._factor(keys, g, self.slack)
+        factor = self.factor = self._factor(keys, g, self.slack)
         half = torch.linalg.solve_triangular(factor, g, upper=False)  # L⁻¹G
         self._solved = (keys.clone(), g, half)
         beta: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
@@ -178,9 +182,19 @@ class Ridge:
             g, half = self._apply(keys), None
         if half is None or self.slack != 1:
             half = torch.linalg.solve_triangular(self._factor(keys, g, 1.0), g, upper=False)
+        self._append(half)
+
+    def recall(self, beta: Tensor, factor: Tensor) -> None:
+        """`remember`, from what `solve` gave for keys while exactly the history of now was there: β [F, d_in] and `factor` [F, F].
+
+        For slack 1 only. M errs by about eps · kᵀMk, eps that of the dtype in which β comes.
+        """
+        self._append(factor.to(self._recent.tensor).T @ beta.detach().to(self._recent.tensor))
+
+    def _append(self, half: Tensor) -> None:
         self._solved = None
         self._recent.append(half)
-        self.count += len(keys)
+        self.count += len(half)
         if len(self._recent) >= (self.fold_at if self._dense is None else BLOCK):
             self._fold()
 

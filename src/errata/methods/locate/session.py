@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -29,6 +30,7 @@ from errata.methods.base import Method, Session, check_range
 from errata.methods.locate.contexts import prefixes, request
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
 from errata.methods.locate.sweep import Reached, Sweep
+from errata.methods.locate.trail import follow, recall, torn, trail
 from errata.methods.locate.value import Search, Values, find_values
 from errata.statistics.errors import StatisticsError
 from errata.statistics.moments import Moments, moments_for
@@ -36,6 +38,9 @@ from errata.statistics.moments import Moments, moments_for
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.objectives.base import Objective
+
+TOGETHER = 32
+"""So many facts are looked at in one pass."""
 
 Writes = list[tuple[int, Tensor, Tensor]]
 """(layer, keys [F, d_in], residuals [F, d]) of one edit, from low to high."""
@@ -155,6 +160,9 @@ class LocateSession(Session):
         self.prefixes = prefixes(lm, method.prefixes, method.prefix_length)
         self.device = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[method.layers[-1]]).device
         self.ridges: dict[int, Ridge] = {layer: self.ridge(layer) for layer in self.layers}
+        # Of what is remembered, where keys are kept: its name, and the facts in their order.
+        self.lineage = ""
+        self.facts: list[Fact] = []
 
     @cached_property
     def moments(self) -> Moments:
@@ -177,6 +185,11 @@ class LocateSession(Session):
             kept[where] = inverse_prior(moments.mean(layer).to(self.device))
         return kept[where]
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the keys of earlier edits stay in the sums (AlphaEdit's K_p; MEMIT with history)."""
+        return False
+
     @abstractmethod
     def ridge(self, layer: int) -> Ridge:
         """The write rule of a layer at the beginning of a sequence."""
@@ -194,14 +207,41 @@ class LocateSession(Session):
         """What becomes of Δ before it is written."""
         return delta
 
-    def keep_keys(self, edit: Edit) -> None:
-        """The keys of this edit stay in the sums (AlphaEdit's K_p; MEMIT with history).
+    def remember(self, edit: Edit) -> None:
+        """Its keys stay in the sums, where they are kept: those that were solved with.
 
-        They are the ones that were solved with. Published code computes them once more on the edited model; but the key of a layer
-        depends on the layers below it only, and what was written there was in place when the key was taken, so they are the same.
+        Published code computes them once more on the edited model; but the key of a layer depends on the layers below it only, and what
+        was written there was in place when the key was taken, so they are the same.
         """
-        for layer, ridge in self.ridges.items():
-            ridge.remember(edit.keys[self.lm.anatomy.mlp_down[layer]])
+        super().remember(edit)
+        if self.keeps:
+            recall(self.ridges, edit, dict(zip(self.layers, edit.deltas, strict=False)))
+            self.facts += edit.facts
+            self.lineage = follow(self.lineage, edit)
+
+    def resume(self, edits: Sequence[Edit]) -> None:
+        """See `Session.resume`. Where an edit was solved with others before it than these (some were undone since), the keys of all up to
+        it are taken anew, in the model with the edits up to there: nobody has kept them, and by now these are the model's own."""
+        own = self.own(edits) if self.keeps else []
+        count = torn(self.lineage, [edits[place] for place in own])
+        whole = [*self.facts, *(fact for place in own[:count] for fact in edits[place].facts)]
+        super().resume(edits)
+        if count:
+            self.ridges = {layer: self.ridge(layer) for layer in self.layers}
+            later = edits[own[count] :] if count < len(own) else []
+            with _without(later):
+                self._look_again(whole)
+            for place in own[count:]:
+                recall(self.ridges, edits[place], dict(zip(self.layers, edits[place].deltas, strict=False)))
+
+    def _look_again(self, facts: Sequence[Fact]) -> None:
+        """The keys of these facts in the model as it is, into the sums."""
+        for start in range(0, len(facts), TOGETHER):
+            requests = [request(self.lm, fact, self.prefixes) for fact in facts[start : start + TOGETHER]]
+            before = Sweep(self.lm, requests, self.layers).before
+            self._refuse_runaway(*before.values())
+            for layer, ridge in self.ridges.items():
+                ridge.remember(self.key(before[layer]))
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = Stopwatch()
@@ -240,7 +280,8 @@ class LocateSession(Session):
     def _written(self, facts: list[Fact], sweep: Sweep, values: Values, clock: Stopwatch) -> Edit:
         deltas, writes = self.write(sweep, values, clock)
         clock.lap("write")
-        keys = {self.lm.anatomy.mlp_down[layer]: key for layer, key, _ in writes}
+        keys = {layer: key for layer, key, _ in writes}
+        kept = trail(self.lineage, self.ridges, dict(zip(self.layers, deltas, strict=True)), keys) if self.keeps else None
         diagnostics = {
             "steps": int(values.steps.max()),
             "losses": values.losses,
@@ -249,7 +290,8 @@ class LocateSession(Session):
             "seconds": clock.total,
             **{f"seconds_{stage}": seconds for stage, seconds in clock.stages.items()},
         }
-        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=keys)
+        named = {self.lm.anatomy.mlp_down[layer]: key for layer, key in keys.items()}
+        return Edit(self.lm, deltas, facts, self.method.to_dict(), self.record(), diagnostics, keys=named, trail=kept)
 
     def write(self, sweep: Sweep, values: Values, clock: Stopwatch) -> tuple[list[Delta], Writes]:
         """Share what is missing out over the layers (MEMIT eq. 20): at layer i of L a part 1 / (L − i) of what is missing then."""
@@ -312,13 +354,28 @@ class LocateSession(Session):
 
     def state_dict(self) -> dict[str, Any]:
         """What the write rules remember, too."""
-        return super().state_dict() | {"ridges": {str(layer): ridge.state_dict() for layer, ridge in self.ridges.items()}}
+        ridges = {str(layer): ridge.state_dict() for layer, ridge in self.ridges.items()}
+        return super().state_dict() | {"ridges": ridges, "lineage": self.lineage, "facts": [fact.to_dict() for fact in self.facts]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Session.load_state_dict`."""
         super().load_state_dict(state)
         for layer, ridge in self.ridges.items():
             ridge.load_state_dict(state["ridges"][str(layer)])
+        self.lineage, self.facts = str(state["lineage"]), [Fact.from_dict(fact) for fact in state["facts"]]
+
+
+@contextmanager
+def _without(edits: Sequence[Edit]) -> Iterator[None]:
+    """The model without these edits, the last of those that are applied, while it lasts."""
+    there = [edit for edit in edits if edit.applied]
+    for edit in reversed(there):
+        edit.revert()
+    try:
+        yield
+    finally:
+        if there:
+            Stack.of(there[0].lm).apply(*there)
 
 
 class Stopwatch:
