@@ -37,6 +37,7 @@ import errata
 from errata.corrections import Limits, correct
 from errata.data import load as load_data
 from errata.edits import Edit, LowRankDelta, Stack
+from errata.edits.edit import Trail
 from errata.edits.export import FORMATS, export
 from errata.edits.ledger import Ledger, New
 from errata.facts import EditCase, Fact
@@ -64,7 +65,7 @@ def size(folder: Path) -> int:
 
 
 def random_edits(lm: LanguageModel, shapes: dict[str, tuple[int, int]], count: int) -> Iterator[Edit]:
-    """Rank-one edits of those modules [out, in], each of a fact of its own, with the keys that DeltaEdit keeps."""
+    """Rank-one edits of those modules [out, in], each of a fact of its own, with the number that DeltaEdit keeps of each matrix."""
     draw = torch.Generator().manual_seed(0)
     record = get_method("deltaedit").to_dict()
     for number in range(count):
@@ -72,8 +73,8 @@ def random_edits(lm: LanguageModel, shapes: dict[str, tuple[int, int]], count: i
             LowRankDelta(path, torch.randn(out, 1, generator=draw) / 100, torch.randn(1, width, generator=draw) / 100)
             for path, (out, width) in shapes.items()
         ]
-        keys = {path: torch.randn(1, width, generator=draw) for path, (_, width) in shapes.items()}
-        yield Edit(lm, deltas, [Fact("The number of {} is", f"Thing {number}", str(number))], record, None, {}, keys)
+        trail = Trail(f"{number:016}", {f"factor.{place}": torch.rand(1, 1, generator=draw).double() for place in range(len(shapes))})
+        yield Edit(lm, deltas, [Fact("The number of {} is", f"Thing {number}", str(number))], record, None, {}, trail=trail)
 
 
 def fill(folder: Path, lm: LanguageModel, shapes: dict[str, tuple[int, int]], count: int) -> float:
@@ -154,7 +155,7 @@ def ledger_size(place: Path, args: argparse.Namespace) -> Row:
         "edits": count,
         "MB": size(place / "L") / 1e6,
         "of these factors": factors / 1e6,
-        "keys": sum(4 * across for _, across in shapes.values()) * count / 1e6,
+        "keys, which are not kept": sum(4 * across for _, across in shapes.values()) * count / 1e6,
         "baseline: one checkpoint an edit, GB": count * sum(p.numel() for p in model.parameters()) * 4 / 1e9,
         "s to enter one": each,
         "s to read": read,
