@@ -221,7 +221,7 @@ CASES = [
         before=lambda here: call([*EDIT, "--out", "L", "--replace", "--fact", "The capital of {France} is -> Rome"]) and None),
     Bad("edits that are not there", ["ask", "--model", "tiny", "--edits", "N", "Lyon is"], "no folder N"),
     Bad("a folder without edits", ["ask", "--model", "tiny", "--edits", "tiny", "Lyon is"], "tiny holds no edits"),
-    Bad("another base model", [*EDIT, "--out", "L", *ONE], "the ledger L is about the model 'tiny' (float32", before=other_weights),
+    Bad("another base model", [*EDIT, "--out", "L", *ONE], "tiny' (float32", before=other_weights),
     Bad("another base model, asked", ASK_L, "the ledger L is about", before=other_weights),
     Bad("another dtype", ["ask", "--model", "tiny", "--dtype", "bfloat16", "--edits", "L", "Lyon is"], "load that model in that dtype"),
     Bad("a newer schema", [*EDIT, "--out", "L", *ONE], "install a newer errata", before=sql(f"PRAGMA user_version = {len(SCHEMA) + 1}")),
@@ -316,6 +316,8 @@ API: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "nothing to edit": (lambda here: errata.edit(errata.load(here / "tiny"), []), ValueError, "fact"),
     "offloaded weights": (lambda _: method("ft-m").start(meta()), ModelError, "is offloaded"),
     "a ledger for two": (lambda here: (Ledger.write(here / "L"), Ledger.write(here / "L")), EditError, "another process is writing"),
+    "a model's name for a model": (lambda here: Ledger.write(here / "N", "tiny"), EditError, "load it first"),  # type: ignore[arg-type]
+    "edits in a file": (lambda here: errata.EditedModel.from_pretrained(here / "L" / DATABASE), EditError, "holds no edits"),
     "a ledger that is read": (lambda here: Ledger.open(here / "L").undo(1), EditError, "was opened to be read"),
     "a ledger of another model": (
         lambda here: Ledger.write(here / "L", language_model("llama", seed=1)), EditError, "is about the model",

@@ -46,6 +46,21 @@ def test_saved_and_loaded(lm: LanguageModel, made: list[Edit], tmp_path: Path) -
         edited.save_pretrained(tmp_path / "E")
 
 
+def test_its_model_is_found_from_elsewhere(lm: LanguageModel, made: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was loaded by a path relative to the folder of then, as ledger and as saved edit."""
+    monkeypatch.chdir(tmp_path)
+    near = errata.load("base")
+    with Ledger.write("L", near) as ledger:
+        ledger.add(New(edit(near, "memit")))
+        assert ledger.base.name == str(tmp_path / "base")
+    edit(near, "memit").save("E")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    made[0].apply()
+    assert same(EditedModel.from_pretrained("../L").lm.model, lm.model)
+    assert same(EditedModel.from_pretrained("../E").lm.model, lm.model)
+
+
 def test_one_edit_is_enough(lm: LanguageModel, made: list[Edit], tmp_path: Path) -> None:
     made[2].save(tmp_path / "E")
     again = EditedModel.from_pretrained(tmp_path / "E", lm.name)

@@ -22,6 +22,7 @@ from errata.edits.errors import EditError
 from errata.edits.memory import Memory, load_memory
 from errata.edits.stack import Stack
 from errata.facts import Fact
+from errata.lm.loading import address
 
 if TYPE_CHECKING:
     from errata.edits.export import Exported
@@ -145,7 +146,7 @@ class Edit:
             save_file(storable(tensors), draft / TENSORS)
             record = {
                 "format": FORMAT,
-                "model": {"name": self.lm.name, "fingerprint": self.lm_fingerprint},
+                "model": {"name": address(self.lm.name), "fingerprint": self.lm_fingerprint},
                 "facts": [fact.to_dict() for fact in self.facts],
                 "method": self.method,
                 "objective": self.objective,
@@ -174,7 +175,7 @@ class Edit:
         try:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
             return str(model["name"]), str(model["fingerprint"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise EditError(f"{folder} holds no edits; give the folder that 'errata edit --out' or Edit.save wrote") from None
         except (ValueError, KeyError, TypeError) as error:
             raise EditError(f"{path} is damaged or no edit ({type(error).__name__}: {error}); save the edit again") from error

@@ -78,6 +78,7 @@ class Ledger:
         errata's, LedgerDamaged if it cannot be read.
         """
         folder = Path(folder)
+        base = None if lm is None else _base(lm)
         if not is_ledger(folder):
             if lm is None or (folder / OBJECTS).is_dir():
                 raise _none(folder)
@@ -90,8 +91,8 @@ class Ledger:
             raise LedgerBusy(f"another process is writing to the ledger {folder}; wait until it is done, or stop it") from None
         path = folder / DATABASE
         try:
-            if lm is not None and not is_ledger(folder):
-                _begin(path, Base(lm.name, lm.fingerprint, _short(lm)))
+            if base is not None and not is_ledger(folder):
+                _begin(path, base)
             with sql(path):
                 ledger = cls(folder, sqlite3.connect(path, isolation_level=None), lock)
         except BaseException:
@@ -604,6 +605,15 @@ def _told(check: Callable[[], object], about: str = "") -> list[str]:
     except EditError as error:
         return [f"{about}{error}"]
     return []
+
+
+def _base(lm: LanguageModel) -> Base:
+    """The model as it stands in a ledger, to be found again from anywhere."""
+    from errata.lm.loading import address  # transformers: not for listing and undoing
+
+    if not hasattr(lm, "fingerprint"):
+        raise EditError(f"a ledger is begun with a model, got {type(lm).__name__} {lm!r}; load it first: errata.load({lm!r})")
+    return Base(address(lm.name), lm.fingerprint, _short(lm))
 
 
 def _short(lm: LanguageModel) -> str:

@@ -106,6 +106,11 @@ def folder_of(name: str, download: bool = False) -> Path:
         raise ModelError(f"the files of {name!r} are not on this machine ({_first_line(error)}); load it by its hub id first") from error
 
 
+def address(name: str) -> str:
+    """The same model by a name that says so from anywhere: a folder's whole path."""
+    return str(Path(name).expanduser().absolute()) if name.strip() and name != BUNDLED and Path(name).expanduser().is_dir() else name
+
+
 def _source(name: str) -> str:
     """What transformers is to load: the bundled folder, a folder, or a hub id."""
     if name == BUNDLED:  # also beside a folder of that name, which is ./atlas
