@@ -59,10 +59,10 @@ def answers(capsys: pytest.CaptureFixture[str], *edits: str) -> list[tuple[str, 
 
 def test_log_and_show(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = told(capsys, "log", "L")
-    assert [edit["number"] for edit in listed["edits"]] == [1, 2, 3] and listed["base"]["name"] == "tiny"
+    assert [edit["number"] for edit in listed["edits"]] == [1, 2, 3] and Path(listed["base"]["name"]).name == "tiny"
     assert [edit["facts"][0]["target"] for edit in listed["edits"]] == ["Tokyo", "Lyon", "Moscow"]
     code, out, err = said(capsys, "log", "L")
-    assert code == 0 and "asked for by Ann" in out and "3 of 3 active, on tiny (float32)" in err
+    assert code == 0 and "asked for by Ann" in out and "3 of 3 active, on " in err and "tiny (float32)" in err
     one = told(capsys, "show", "L", "2")
     assert one == told(capsys, "show", "L", one["id"]) and one["parent"] == 1 and one["built_on_it"] == [3]
     assert one["method"]["name"] == "lora" and one["method"]["steps"] == 3 and one["diagnostics"]["steps"] == 3
@@ -201,12 +201,18 @@ def test_export_of_a_ledger(format: str, here: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_model_need_not_be_named(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`verify` and `export` load the one that the ledger names, wherever they are called with another name for it."""
+    """`verify` and `export` load the one that the ledger names, wherever they are called from, or with another name for it."""
+    edit = ["edit", "--model", "tiny", "--out", "M", "--no-gate", "--set", "ft-m.steps=2", "--fact", "{Lyon} lies in -> Spain"]
+    assert said(capsys, *edit)[0] == 0
+    (here / "below").mkdir()
+    monkeypatch.chdir(here / "below")
+    assert said(capsys, "verify", "../M")[:2] == (0, "../M: 1 edit, all well\n")
+    monkeypatch.chdir(here)
     (here / "tiny").rename(here / "moved")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # "tiny" could be a model of the hub: no minute of retries
-    code, _, err = said(capsys, "verify", "L")
+    code, _, err = said(capsys, "verify", "M")
     assert code == 2 and "tiny" in err
-    assert said(capsys, "verify", "L", "--model", "moved")[:2] == (0, "L: 3 edits, all well\n")
+    assert said(capsys, "verify", "M", "--model", "moved")[:2] == (0, "M: 1 edit, all well\n")
 
 
 def test_listing_and_undoing_leave_torch_alone(here: Path) -> None:

@@ -156,7 +156,7 @@ def verify(
     if as_json:
         showing.json_out({"edits": str(edits), "problems": problems})
     elif not problems:
-        typer.echo(f"{edits}: {count} edits, all well")
+        typer.echo(f"{edits}: {count} edit{'' if count == 1 else 's'}, all well")
     else:
         for problem in problems:
             typer.echo(problem)
