@@ -44,6 +44,7 @@ class Owners:
         each = len(rows) // max(count, 1)
         self.even = self.rows == tuple(i for i in range(count) for _ in range(each))  # E groups of as many rows, in order
         self.places = [] if self.even else [(e, (self.index == e).nonzero().squeeze(-1)) for e in sorted(set(rows))]
+        self.back = torch.cat([rows for _, rows in self.places]).argsort() if self.places else self.index  # rows by change -> as they are
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,8 +79,6 @@ class Owners:
             grouped = x.reshape(self.count, -1, x.shape[-1])  # [E, B/E·T, in]
             made = torch.bmm(changes, grouped.transpose(1, 2))  # this way round the gradient comes as the changes lie
             return made.transpose(1, 2).reshape(*x.shape[:2], -1)
-        places = self.places or [(e, rows) for e, rows in enumerate(torch.arange(len(self), device=x.device).view(self.count, -1))]
-        made = x.new_zeros(*x.shape[:2], changes[0].shape[0])
-        for e, rows in places:
-            made = made.index_copy(0, rows, x[rows] @ changes[e].T)
-        return made
+        if self.even:
+            return torch.cat([rows @ change.T for rows, change in zip(x.chunk(self.count), changes, strict=True)])
+        return torch.cat([x[rows] @ changes[e].T for e, rows in self.places])[self.back]
