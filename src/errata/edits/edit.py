@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,17 @@ class Edit:
     def __repr__(self) -> str:
         more = f" and {len(self.facts) - 1} more" if len(self.facts) > 1 else ""
         return f"Edit({str(self.facts[0]) if self.facts else 'no fact'!r}{more}, {self.method.get('name', 'unnamed')})"
+
+    @cached_property
+    def content(self) -> str:
+        """Names what it is, whoever has it: its facts, deltas and memory, and on what it was made."""
+        named = hashlib.sha256(repr([fact.to_dict() for fact in self.facts]).encode("utf-8", "backslashreplace"))
+        for delta in self.deltas:
+            for name, tensor in delta.tensors().items():
+                named.update(f"{delta.kind} {delta.path} {name} {tensor.dtype} {list(tensor.shape)}".encode())
+                named.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        named.update(f"{self.memory and self.memory.id} {self.trail and self.trail.after}".encode())
+        return named.hexdigest()
 
     @property
     def applied(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -194,6 +194,31 @@ class Stack:
                     self._weight(path).copy_(self._sum(path))
             self._aside = False
             self._attach(self.memory)
+
+    @contextmanager
+    def without_(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """The model without those of the edits that are applied while it lasts, then with all again, bit for bit. None may come or go.
+
+        Raises EditError for one that was folded with others.
+        """
+        self._refuse_aside()
+        if folded := [edit for edit in edits if edit in self._folded]:
+            raise EditError(f"{folded[0]} was folded with others into {self.active[0]}, and cannot be taken out by itself any more")
+        active, paths = self.active, list(dict.fromkeys(path for edit in edits if self.holds(edit) for path in _paths(edit)))
+        try:
+            self._bring([edit for edit in active if not any(edit is other for other in edits)], paths)
+            yield
+        finally:
+            self._bring(active, paths)
+
+    @torch.no_grad()
+    def _bring(self, active: list[Edit], paths: Iterable[str]) -> None:
+        """Let these be the active edits; they touch other weights as those did that were, but for the paths."""
+        self.active = active
+        self._attach(self.memory)
+        for path in paths:
+            self._kept.setdefault(path, _Kept(self._weight(path).clone()))
+        self._rebuild(paths)
 
     @contextmanager
     def detached_(self) -> Iterator[None]:

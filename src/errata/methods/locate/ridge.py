@@ -14,7 +14,7 @@ With slack 1 that is (A + HHᵀ + KᵀK) β = K, and with M₀ = P/L2 AlphaEdit'
 Δ with ΔK = R exactly that is least in the metric A + HHᵀ: ROME's u/(uᵀk), u = C⁻¹k, for one fact.
 
 With slack 1 and LLᵀ = I + KGᵀ that is M ← M − (Lᵀβ)ᵀ(Lᵀβ): β and the F numbers by F of L say all that is to be remembered of an edit, so
-nobody has to keep its keys (`Ridge.factor`, `Ridge.recall`).
+nobody has to keep its keys (`Ridge.solved`, `Ridge.recall`).
 (arXiv 2202.05262, 2210.07229, 2410.02355; DeltaEdit, eq. 6, 8 and 10.)
 """
 
@@ -145,8 +145,7 @@ class Ridge:
         self.count = 0
         self._recent = Rows(width, dtype, device)  # V
         self._dense: Tensor | None = None
-        self.factor: Tensor | None = None  # of the last solve: L [F, F], lower, LLᵀ = slack·I + KGᵀ
-        self._solved: tuple[Tensor, Tensor, Tensor] | None = None  # of the last solve: K, G and L⁻¹G
+        self._solved: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of the last solve: K, G, L and L⁻¹G
 
     @property
     def folded(self) -> bool:
@@ -167,9 +166,9 @@ class Ridge:
         """
         keys = self._checked(keys)
         g = self._apply(keys)
-        factor = self.factor = self._factor(keys, g, self.slack)
+        factor = self._factor(keys, g, self.slack)
         half = torch.linalg.solve_triangular(factor, g, upper=False)  # L⁻¹G
-        self._solved = (keys.clone(), g, half)
+        self._solved = (keys.clone(), g, factor, half)
         beta: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
         return beta
 
@@ -177,19 +176,35 @@ class Ridge:
         """Put keys [F, d_in] into H. Right after `solve` with the same keys this costs next to nothing."""
         keys = self._checked(keys)
         if self._solved is not None and torch.equal(self._solved[0], keys):
-            _, g, half = self._solved
+            _, g, _, half = self._solved
         else:
             g, half = self._apply(keys), None
         if half is None or self.slack != 1:
             half = torch.linalg.solve_triangular(self._factor(keys, g, 1.0), g, upper=False)
         self._append(half)
 
-    def recall(self, beta: Tensor, factor: Tensor) -> None:
-        """`remember`, from what `solve` gave for keys while exactly the history of now was there: β [F, d_in] and `factor` [F, F].
+    def solved(self, beta: Tensor, within: float) -> Tensor | None:
+        """L [F, F] of the last `solve`, from which `recall` goes on with β as it is kept [F, d_in], rounded perhaps.
 
-        For slack 1 only. M errs by about eps · kᵀMk, eps that of the dtype in which β comes.
+        None where that would be off by more than `within`: in kᵀMk for keys k as long as those that were solved with, which is at most
+        1 once they are remembered.
         """
-        self._append(factor.to(self._recent.tensor).T @ beta.detach().to(self._recent.tensor))
+        assert self._solved is not None, "there was no solve"
+        keys, _, factor, half = self._solved
+        off = float((self._half(beta, factor) - half).norm(dim=1).max()) * float(keys.norm(dim=1).max())
+        return factor.contiguous() if 2 * off * len(keys) ** 0.5 < within else None
+
+    def recall(self, beta: Tensor, factor: Tensor) -> None:
+        """`remember`, from what `solve` and `solved` gave for keys while exactly the history of now was there; for slack 1.
+
+        β [F, d_in], L [F, F]; the same bits for the same values, however they lie in memory.
+        """
+        self._append(self._half(beta, factor))
+
+    def _half(self, beta: Tensor, factor: Tensor) -> Tensor:
+        """Lᵀβ, which is L⁻¹G."""
+        like = self._recent.tensor
+        return factor.contiguous().to(like).T @ beta.detach().contiguous().to(like)
 
     def _append(self, half: Tensor) -> None:
         self._solved = None

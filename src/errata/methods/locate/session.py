@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -20,6 +19,7 @@ from torch import Tensor
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
+from errata.edits.rows import digest
 from errata.edits.stack import Stack
 from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
@@ -30,7 +30,7 @@ from errata.methods.base import Method, Session, check_range
 from errata.methods.locate.contexts import prefixes, request
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
 from errata.methods.locate.sweep import Reached, Sweep
-from errata.methods.locate.trail import follow, recall, torn, trail
+from errata.methods.locate.trail import recall, trail
 from errata.methods.locate.value import Search, Values, find_values
 from errata.statistics.errors import StatisticsError
 from errata.statistics.moments import Moments, moments_for
@@ -160,9 +160,11 @@ class LocateSession(Session):
         self.prefixes = prefixes(lm, method.prefixes, method.prefix_length)
         self.device = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[method.layers[-1]]).device
         self.ridges: dict[int, Ridge] = {layer: self.ridge(layer) for layer in self.layers}
-        # Of what is remembered, where keys are kept: its name, and the facts in their order.
-        self.lineage = ""
+        # Where keys are kept: what all that is in the write rules and the model by now is called, and the facts that are remembered.
+        # looked: nothing was remembered since the keys were looked at again.
+        self.lineage = self._beginning() if self.keeps else ""
         self.facts: list[Fact] = []
+        self.looked = False
 
     @cached_property
     def moments(self) -> Moments:
@@ -213,35 +215,61 @@ class LocateSession(Session):
         Published code computes them once more on the edited model; but the key of a layer depends on the layers below it only, and what
         was written there was in place when the key was taken, so they are the same.
         """
+        if self.keeps:
+            recall(self.ridges, edit)
         super().remember(edit)
         if self.keeps:
-            recall(self.ridges, edit, dict(zip(self.layers, edit.deltas, strict=False)))
             self.facts += edit.facts
-            self.lineage = follow(self.lineage, edit)
+            self.lineage = digest([self.lineage, edit.content])
+            self.looked = False
 
     def resume(self, edits: Sequence[Edit]) -> None:
-        """See `Session.resume`. Where an edit was solved with others before it than these (some were undone since), the keys of all up to
-        it are taken anew, in the model with the edits up to there: nobody has kept them, and by now these are the model's own."""
-        own = self.own(edits) if self.keeps else []
-        count = torn(self.lineage, [edits[place] for place in own])
-        whole = [*self.facts, *(fact for place in own[:count] for fact in edits[place].facts)]
-        super().resume(edits)
-        if count:
-            self.ridges = {layer: self.ridge(layer) for layer in self.layers}
-            later = edits[own[count] :] if count < len(own) else []
-            with _without(later):
-                self._look_again(whole)
-            for place in own[count:]:
-                recall(self.ridges, edits[place], dict(zip(self.layers, edits[place].deltas, strict=False)))
+        """See `Session.resume`.
 
-    def _look_again(self, facts: Sequence[Fact]) -> None:
-        """The keys of these facts in the model as it is, into the sums."""
+        What an edit adds to a write rule stands in it, for as long as it follows what it was made on. Where something else was in the
+        model by then than is now, an edit of whichever method undone since, or other statistics were, the keys of all up to there are
+        taken anew, in the model with the edits up to there: nobody has kept them, and these are the model's own. What comes behind
+        follows that. So the write rules depend on the edits alone, in their order, and not on who has seen them come and go.
+
+        Raises EditError where edits would have to be taken out for that and have been folded with others.
+        """
+        if not self.keeps:
+            return super().resume(edits)
+        own, lineage = self.own(edits), self.lineage
+        anew = 0 if self.looked and edits else None  # so many of the own ones, from the first on, are to be looked at
+        for number, edit in enumerate(edits):
+            if number in own and (edit.trail is None or edit.trail.after != lineage):
+                anew = own.index(number) + 1
+            lineage = digest([lineage, edit.content])
+        if anew is not None:
+            facts = [*self.facts, *(fact for number in own[:anew] for fact in edits[number].facts)]
+            with Stack.of(self.lm).without_(edits[own[anew] :] if anew < len(own) else ()):
+                ridges = self._looked_at(facts)
+            self.ridges = {}  # what is remembered first is in the others
+            for number in own[:anew]:
+                self.remember(edits[number])
+            self.ridges, self.looked = ridges, True
+        for number in own[anew or 0 :]:
+            self.remember(edits[number])
+        self.lineage = lineage
+
+    def _looked_at(self, facts: Sequence[Fact]) -> dict[int, Ridge]:
+        """Write rules that remember the keys of these facts in the model as it is."""
+        ridges = {layer: self.ridge(layer) for layer in self.layers}
         for start in range(0, len(facts), TOGETHER):
             requests = [request(self.lm, fact, self.prefixes) for fact in facts[start : start + TOGETHER]]
             before = Sweep(self.lm, requests, self.layers).before
             self._refuse_runaway(*before.values())
-            for layer, ridge in self.ridges.items():
-                ridge.remember(self.key(before[layer]))
+            try:
+                for layer, ridge in ridges.items():
+                    ridge.remember(self.key(before[layer]))
+            except ArithmeticError as error:
+                raise EditError(f"{self.method.name} cannot go on: {error}") from error
+        return ridges
+
+    def _beginning(self) -> str:
+        """What a history is called that nothing is in: by the model, and the statistics under the write rules."""
+        return digest([self.lm.fingerprint, self.moments.fingerprint, self.moments.pieces, self.moments.count])
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = Stopwatch()
@@ -338,7 +366,7 @@ class LocateSession(Session):
         path = self.lm.anatomy.mlp_down[layer]
         dtype = master_dtype(self.lm.anatomy.weight(self.lm.model, path))
         self._refuse_runaway(residual, beta)
-        return LowRankDelta(path, residual.to(dtype).T.contiguous(), beta.to(residual.device, dtype))
+        return LowRankDelta(path, residual.to(dtype).T.contiguous(), beta.to(residual.device, dtype).contiguous())
 
     def effect(self, delta: Delta, key: Tensor) -> Tensor:
         """Δ k for keys [.., d_in]."""
@@ -355,27 +383,16 @@ class LocateSession(Session):
     def state_dict(self) -> dict[str, Any]:
         """What the write rules remember, too."""
         ridges = {str(layer): ridge.state_dict() for layer, ridge in self.ridges.items()}
-        return super().state_dict() | {"ridges": ridges, "lineage": self.lineage, "facts": [fact.to_dict() for fact in self.facts]}
+        facts = [fact.to_dict() for fact in self.facts]
+        return super().state_dict() | {"ridges": ridges, "lineage": self.lineage, "looked": self.looked, "facts": facts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Session.load_state_dict`."""
         super().load_state_dict(state)
         for layer, ridge in self.ridges.items():
             ridge.load_state_dict(state["ridges"][str(layer)])
-        self.lineage, self.facts = str(state["lineage"]), [Fact.from_dict(fact) for fact in state["facts"]]
-
-
-@contextmanager
-def _without(edits: Sequence[Edit]) -> Iterator[None]:
-    """The model without these edits, the last of those that are applied, while it lasts."""
-    there = [edit for edit in edits if edit.applied]
-    for edit in reversed(there):
-        edit.revert()
-    try:
-        yield
-    finally:
-        if there:
-            Stack.of(there[0].lm).apply(*there)
+        self.lineage, self.looked = str(state["lineage"]), bool(state["looked"])
+        self.facts = [Fact.from_dict(fact) for fact in state["facts"]]
 
 
 class Stopwatch:

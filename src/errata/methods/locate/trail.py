@@ -1,19 +1,18 @@
 """How a session goes on from earlier edits without their keys: from what is small and stands in the edits, or else by another look.
 
 What an edit adds to a write rule is (Lᵀβ)ᵀ(Lᵀβ) (`errata.methods.locate.ridge`): its own β, and F numbers by F. That holds where the
-history is the one with which the edit was solved, so an edit also says what that was.
+write rule is the one with which the edit was solved, so an edit also says on what it was made: the statistics, and all that was in the
+model then.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
-
-import torch
 
 from errata.edits.delta import Delta, LowRankDelta
 from errata.edits.edit import Trail
+from errata.edits.errors import EditError
 from errata.methods.locate.ridge import Ridge
 
 if TYPE_CHECKING:
@@ -22,53 +21,29 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
 
 ENOUGH = 1e-3
-"""By how much of itself what is left of a key's share in M may err. kᵀMk · eps is what β costs that come in another precision than M's."""
+"""By how much kᵀMk may be off for keys like an edit's own, because β was rounded to what weights are summed in. It is below 1 by then."""
 
 
 def trail(after: str, ridges: Mapping[int, Ridge], deltas: Mapping[int, Delta], keys: Mapping[int, Tensor]) -> Trail:
-    """Of an edit that has just been solved, by layer; after: the history it was solved with.
+    """Of an edit that has just been solved, by layer; after: on what it was made.
 
-    Where β does not stand in the edit (RECT's dense deltas), or not precisely enough (moments that leave directions all but free), it
-    keeps the keys themselves.
+    Where β does not stand in the edit (RECT's dense deltas), or not precisely enough (moments that leave directions all but free, keys
+    of one edit that are nearly the same), it keeps the keys themselves.
     """
     tensors: dict[str, Tensor] = {}
     for layer, delta in deltas.items():
-        factor = ridges[layer].factor
-        assert factor is not None
-        right = delta.right if isinstance(delta, LowRankDelta) else None
-        if right is not None and float(factor.diagonal().max()) ** 2 * torch.finfo(right.dtype).eps < ENOUGH:
-            tensors[f"factor.{layer}"] = factor
-        else:
-            tensors[f"keys.{layer}"] = keys[layer]
+        factor = ridges[layer].solved(delta.right, ENOUGH) if isinstance(delta, LowRankDelta) else None
+        tensors |= {f"keys.{layer}": keys[layer]} if factor is None else {f"factor.{layer}": factor}
     return Trail(after, tensors)
 
 
-def recall(ridges: Mapping[int, Ridge], edit: Edit, deltas: Mapping[int, Delta]) -> None:
-    """Put an edit into the histories, from its trail."""
+def recall(ridges: Mapping[int, Ridge], edit: Edit) -> None:
+    """Put an edit into the write rules, from its trail. Raises EditError if it has none for one of them."""
     kept = edit.trail.tensors if edit.trail else {}
-    for layer, ridge in ridges.items():
-        delta = deltas[layer]
+    for (layer, ridge), delta in zip(ridges.items(), edit.deltas, strict=False):  # behind them there may be what ended the sequence
         if isinstance(delta, LowRankDelta) and f"factor.{layer}" in kept:
             ridge.recall(delta.right, kept[f"factor.{layer}"])
         elif f"keys.{layer}" in kept:
             ridge.remember(kept[f"keys.{layer}"])
-
-
-def follow(history: str, edit: Edit) -> str:
-    """What the history is called with this edit after all others; "" is the name of none."""
-    named = hashlib.sha256(history.encode())
-    for delta in edit.deltas:
-        for name, tensor in delta.tensors().items():
-            named.update(f"{delta.path} {name}".encode())
-            named.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return named.hexdigest()[:16]
-
-
-def torn(history: str, edits: Sequence[Edit]) -> int:
-    """How many of the edits, from the first on, end with the last that was not solved with exactly those before it, behind `history`."""
-    count = 0
-    for place, edit in enumerate(edits, 1):
-        if edit.trail is None or edit.trail.after != history:
-            count = place
-        history = follow(history, edit)
-    return count
+        else:
+            raise EditError(f"{edit} does not say what a session must know to remember it (made by an older errata?); resume() with it")
