@@ -421,6 +421,35 @@ def test_nothing_comes_or_goes_while_edits_are_aside() -> None:
     assert_same(weights(lm), before)
 
 
+@pytest.mark.parametrize("dtype", WIDTHS)
+@given(out=st.lists(st.integers(0, 6), max_size=4), fold=st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_some_are_out_for_a_while(dtype: torch.dtype, out: list[int], fold: int) -> None:
+    """The weights are those of the others alone, then those of all again; the last of these edits is not applied at all."""
+    lm, others = make_lm(dtype), make_lm(dtype)
+    edits = [make_edit(lm, seed) for seed in range(7)]
+    stack = Stack.of(lm)
+    stack.apply(*edits[:fold])
+    if fold:
+        stack.fold()
+    stack.apply(*edits[fold:6])
+    before, active = weights(lm), list(stack.active)
+    if any(number < fold for number in out):
+        with pytest.raises(EditError, match="was folded with others"), stack.without_([edits[number] for number in out]):
+            pass
+    else:
+        with pytest.raises(RuntimeError, match="inside"), stack.without_([edits[number] for number in out]):
+            for number in range(6):
+                if number not in out:
+                    make_edit(others, number).apply()
+            assert_same(weights(lm), weights(others))
+            raise RuntimeError("inside")
+    assert_same(weights(lm), before)
+    assert stack.active == active
+    stack.clear()
+    assert_same(weights(lm), weights(make_lm(dtype)))
+
+
 def test_a_replacement_wipes_what_was_there(tmp_path: Path) -> None:
     lm = make_lm(torch.bfloat16)
     wanted = torch.randn(IN, OUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from errata.lm import LanguageModel, ModelError
 from errata.lm.anatomy import matrix
 from errata.lm.capture import submodule
 from errata.methods.locate.contexts import request
+from errata.methods.locate.ridge import Ridge
+from errata.methods.locate.session import LocateSession
 from errata.methods.locate.sweep import Sweep
 from tests.families import language_model
 
@@ -124,23 +127,31 @@ def equal(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(sums(one), sums(other), strict=True)) and one.lineage == other.lineage
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", KEEPERS)
-def test_a_history_is_in_the_edits_and_small(name: str) -> None:
-    """A session that goes on has the sums of the one that made the edits, to the bit; the keys are kept only where nothing less will do."""
-    lm, method = language_model("llama"), KEEPERS[name]
+def test_a_history_is_in_the_edits_and_small(name: str, batch: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A session that goes on from what was saved has the sums of the one that made the edits, to the bit; keys are kept only where nothing
+    less will do."""
+    lm, method = language_model("llama", dtype=dtype), KEEPERS[name]
     session: Any = method.start(lm)
     edits = []
-    for fact in FACTS[:4]:
-        edits.append(session.edit([fact]))
+    for start in range(0, 6, batch):
+        edits.append(session.edit(FACTS[start : start + batch]))
         edits[-1].apply()
+        edits[-1].save(tmp_path / str(start))
+    loaded = [Edit.load(tmp_path / str(start), lm) for start in range(0, 6, batch)]
     fresh: Any = method.start(lm)
-    fresh.resume(edits[:1])
-    fresh.resume(edits[1:])  # in two steps, as well
+    fresh.resume(loaded[:1])
+    fresh.resume(loaded[1:])  # in two steps, as well
     assert equal(fresh, session)
+    if name == "deltaedit":
+        every = torch.eye(session.history.width)
+        assert torch.equal(fresh.history.norm2(every), session.history.norm2(every))
     kept = {key.partition(".")[0]: tensor for edit in edits if edit.trail for key, tensor in edit.trail.tensors.items()}
     if name in ("alphaedit", "deltaedit"):
-        assert kept.keys() == {"factor"} and kept["factor"].shape == (1, 1)
-    else:
+        assert kept.keys() == {"factor"} and kept["factor"].shape == (batch, batch)
+    elif dtype != torch.float64 or name == "rect+history":
         assert "keys" in kept
 
 
@@ -174,6 +185,82 @@ def test_a_history_with_a_gap_is_looked_at_again(name: str) -> None:
     assert equal(fresh, session)
     assert [lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[layer]).tolist() for layer in session.layers] == [w.tolist() for w in weights]
     assert Stack.of(lm).active == [first, third, *later]
+
+
+@pytest.mark.parametrize("undone", ["own, then the other's", "the other's alone"])
+def test_what_another_method_wrote_is_part_of_the_history(undone: str) -> None:
+    """Keys are those of the model with it; what was solved over them must not be put over others once it is undone."""
+    lm, method = language_model("llama"), KEEPERS["alphaedit"]
+    session: Any = method.start(lm)
+    first, second = session.edit([FACTS[0]]), session.edit([FACTS[1]])
+    Stack.of(lm).apply(first, second)
+    other = errata.edit(lm, FACTS[3], errata.MEMIT(**TEXT, layers=(0, 1)))
+    other.apply()
+    if undone.startswith("own"):
+        first.revert()
+    session = method.start(lm)
+    session.resume(list(Stack.of(lm).active))
+    Stack.of(lm).apply(last := session.edit([replace(FACTS[1], target="Paris")]))
+    other.revert()
+    fresh: Any = method.start(lm)
+    fresh.resume(left := list(Stack.of(lm).active))
+    plain: Any = method.start(lm)
+    for layer, keys in own_keys(lm, plain, [fact for edit in left for fact in edit.facts]).items():
+        plain.ridges[layer].remember(keys)
+    assert last in left and all(torch.equal(a, b) for a, b in zip(sums(fresh), sums(plain), strict=True))
+
+
+def own_keys(lm: LanguageModel, session: Any, facts: list[Fact]) -> dict[int, torch.Tensor]:
+    """As the model has them now."""
+    before = Sweep(lm, [request(lm, fact, session.prefixes) for fact in facts], session.layers).before
+    return {layer: session.key(contexts) for layer, contexts in before.items()}
+
+
+def test_so_are_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text in a file may be another one by the next time."""
+    lm, method = language_model("llama"), KEEPERS["alphaedit"]
+    edits = in_a_row(lm, method, FACTS[:2])
+    monkeypatch.setattr(LocateSession, "_beginning", lambda self: "other text")
+    session: Any = method.start(lm)
+    session.resume(edits)
+    assert session.looked and [ridge.count for ridge in session.ridges.values()] == [2, 2]
+
+
+def test_a_look_that_is_broken_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, method = language_model("llama"), KEEPERS["deltaedit"]
+    edits = in_a_row(lm, method, FACTS[:4])
+    edits[1].revert()
+    before = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[0]).clone()
+    session: Any = method.start(lm)
+    name = session.lineage
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Ridge, "remember", raising(KeyboardInterrupt))
+        session.resume([edits[0], *edits[2:]])
+    assert torch.equal(before, lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[0])) and Stack.of(lm).active == [edits[0], *edits[2:]]
+    assert (session.lineage, session.count, session.facts, session.history.rank) == (name, 0, [], 0)
+    session.resume([edits[0], *edits[2:]])
+    assert session.count == 3 and [ridge.count for ridge in session.ridges.values()] == [3, 3]
+
+
+def raising(error: type[BaseException]) -> Any:
+    def act(*_: Any) -> None:
+        raise error
+
+    return act
+
+
+def test_what_cannot_be_gone_on_from_is_said() -> None:
+    lm, method = language_model("llama"), KEEPERS["alphaedit"]
+    edits = in_a_row(lm, method, FACTS[:3])
+    edits[0].trail = None  # as an older errata saved it
+    with pytest.raises(EditError, match="does not say what a session must know"):
+        method.start(lm).remember(edits[0])
+    session: Any = method.start(lm)
+    session.resume(edits)
+    assert session.count == 3 and [ridge.count for ridge in session.ridges.values()] == [3, 3]
+    Stack.of(lm).fold()
+    with pytest.raises(EditError, match="was folded with others"):  # the first is to be looked at without those that were made on it
+        method.start(lm).resume(edits)
 
 
 def test_edits_that_were_not_made_on_one_another_go_together_too() -> None:

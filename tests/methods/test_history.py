@@ -52,6 +52,21 @@ def test_noise_equals_that_of_the_matrix(edits: int, facts: int) -> None:
     assert torch.allclose(history.norm2(keys), (matrix @ keys.T).norm(dim=0) ** 2, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("edits", [3, 9, 60])
+def test_what_was_asked_leaves_no_trace(edits: int) -> None:
+    """Or a sequence that goes on, which was not asked all that, could not come to the same bits."""
+    asked, plain = DeltaHistory(D, D_IN), DeltaHistory(D, D_IN)
+    for edit in range(edits):
+        left, right = normal(D, 1, seed=edit), normal(1, D_IN, seed=1_000 + edit)
+        for history in (asked, plain):
+            history.add(left, right)
+        asked.directions(3, absolute=0.1)
+        asked.directions(3, noise=normal(D, seed=5))
+    one, other = asked.state_dict(), plain.state_dict()
+    assert all(one[name] is other[name] is None or torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(asked.directions(3, absolute=0.1), plain.directions(3, absolute=0.1))
+
+
 def test_an_empty_history_says_nothing() -> None:
     history = DeltaHistory(D, D_IN)
     assert torch.equal(history.norm2(normal(2, D_IN, seed=1)), torch.zeros(2, dtype=torch.float64))

@@ -174,6 +174,27 @@ def test_what_was_solved_says_what_is_to_be_remembered(fold_at: int, dtype: torc
         assert relative(recalled.solve(current), straight.solve(current)) < error
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.floats(0.003, 1.0), st.floats(1.0, 1e4), st.integers(0, 10_000))
+def test_a_rounded_beta_is_taken_only_where_it_says_enough(facts: int, spread: float, share: float, seed: int) -> None:
+    """Keys of one edit that are nearly the same make a β that is large and cancels: its rounding, measured on M as it is afterwards."""
+    base = torch.nn.functional.normalize(rows(1, seed), dim=1)
+    keys = base + spread * rows(facts, seed + 1) / D_IN**0.5
+    exact, rounded = (Ridge(null_space_prior(identity_prior, 1 / share), D_IN) for _ in range(2))
+    exact.solve(keys)
+    exact.remember(keys)
+    beta = rounded.solve(keys).float()
+    factor = rounded.solved(beta, 1e-3)
+    if factor is None:
+        assert facts > 1 or share > 1e2
+        return
+    rounded.recall(beta, factor)
+    whole, off = (ridge._apply(torch.eye(D_IN, dtype=torch.float64)) for ridge in (exact, rounded))
+    scale = torch.linalg.cholesky(whole)
+    half = torch.linalg.solve_triangular(scale, off - whole, upper=False)
+    assert float(torch.linalg.matrix_norm(torch.linalg.solve_triangular(scale, half.T, upper=False), 2)) < 1e-3
+
+
 @pytest.mark.parametrize(("width", "memory"), [(EVEN, 8 * EVEN**2), (EVEN + 1, 8 * (EVEN + 1) * 16)])
 def test_only_narrow_keys_cost_the_same_from_the_first_on(width: int, memory: int) -> None:
     """Beyond, a dense matrix for one key would be out of all proportion: a row, with room for 15 more."""

@@ -180,8 +180,11 @@ class _Sequence:
         there += [mark_name(mark) for mark in self.plan.marks if mark < kept.edits]
         if not all(map(self.has, there)):
             return 0
-        session.load_state_dict(kept.session)
-        trace.load_state_dict(kept.trace)
+        try:
+            session.load_state_dict(kept.session)
+            trace.load_state_dict(kept.trace)
+        except KeyError as error:
+            raise PlanError(f"{self.state} is of another errata (no {error} in it); remove it, and the sequence begins again") from error
         kept.restore(self.lm)
         return kept.edits
 

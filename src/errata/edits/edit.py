@@ -43,7 +43,7 @@ Metrics = Mapping[str, Mapping[str, float]]
 class Trail:
     """What a session that goes on from an edit must know of it, besides its deltas.
 
-    after: names what the session remembered when it made the edit. tensors: by names that the session chose.
+    after: names what it was made on: all that was in the session's memory and in the model. tensors: by names that the session chose.
     """
 
     after: str

@@ -52,6 +52,7 @@ SCHEMA = (
         metrics TEXT, event INTEGER NOT NULL, checksum TEXT NOT NULL
     )
     """,
+    "-- a layout names what a session goes on from, and not the keys any more, which older versions ask for",
 )
 """What brings a database from version n to n + 1, for n from 0 on. A newer errata appends to it, and older ledgers are brought up when they
 are next written to. AUTOINCREMENT keeps the last number given, so that a last row that is gone is missed."""

@@ -28,7 +28,8 @@ class DeltaHistory:
     Δ_hist is kept as its factors until they would be larger than the matrix (r = d·d_in/(d + d_in) terms), as a matrix from there on, with
     later terms gathered by blocks of 32. At d = 4,096, d_in = 14,336 that break-even is r = 3,185: 3,000 edits take 0.44 GB as float64
     factors (up to half as much again is room to grow), any number of further edits 0.47 GB. The basis takes up to 0.13 GB, and so does
-    Δ_hist Δ_histᵀ once it has been needed. dtype=float32 halves all that and costs about half of the digits.
+    Δ_hist Δ_histᵀ, which is summed up from the first edit on: begun when it is needed first, it would depend on what was asked, by its
+    rounding, and a sequence that goes on could not come to the same bits. dtype=float32 halves all that and costs about half of the digits.
 
     The basis is that of the αₑ, grown by Gram-Schmidt. It is the column space of Δ_hist as long as the βₑ are independent; where they are
     not (the very same key edited twice) it is larger: it holds every αₑ, which is what the paper is after ("the set A").
@@ -44,7 +45,7 @@ class DeltaHistory:
         self._left, self._right = Rows(size, dtype, device), Rows(width, dtype, device)
         self._basis = Rows(size, dtype, device)
         self._dense: Tensor | None = None
-        self._outer: Tensor | None = None  # D = Δ_hist Δ_histᵀ [d, d], from the first time it is needed
+        self._outer: Tensor | None = None  # D = Δ_hist Δ_histᵀ [d, d]
         self._spectrum: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -64,10 +65,9 @@ class DeltaHistory:
             expected = f"left [{self.size}, r] and right [r, {self.width}]"
             raise ValueError(f"an addition to the history must be {expected}, got {list(left.shape)} and {list(right.shape)}")
         alphas, betas = left.detach().T.to(self._left.tensor), right.detach().to(self._right.tensor)
-        if self._outer is not None:  # D + Eαᵀ + αEᵀ + α(βᵀβ)αᵀ with E = Δβ, as X + Xᵀ: exactly symmetric
-            half = (self.times(betas) + (betas @ betas.T) @ alphas / 2).T @ alphas
-            self._outer += half
-            self._outer += half.T
+        # D + Eαᵀ + αEᵀ + α(βᵀβ)αᵀ with E = Δβ, as X + Xᵀ: exactly symmetric
+        half = (self.times(betas) + (betas @ betas.T) @ alphas / 2).T @ alphas
+        self._outer = half + half.T if self._outer is None else self._outer.add_(half).add_(half.T)
         self._left.append(alphas)
         self._right.append(betas)
         self._spectrum = None
@@ -148,13 +148,7 @@ class DeltaHistory:
 
     def _inner(self) -> Tensor:
         """D in the basis [r, r]."""
-        if self._outer is None:
-            if self._dense is None:
-                left, right = self._left.tensor, self._right.tensor
-                self._outer = left.T @ ((right @ right.T) @ left)
-            else:
-                self._fold()
-                self._outer = self._dense @ self._dense.T
+        assert self._outer is not None  # there is no basis before the first edit
         basis = self._basis.tensor
         return basis @ self._outer @ basis.T
 

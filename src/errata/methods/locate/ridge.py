@@ -186,13 +186,13 @@ class Ridge:
     def solved(self, beta: Tensor, within: float) -> Tensor | None:
         """L [F, F] of the last `solve`, from which `recall` goes on with β as it is kept [F, d_in], rounded perhaps.
 
-        None where that would be off by more than `within`: in kᵀMk for keys k as long as those that were solved with, which is at most
-        1 once they are remembered.
+        None where M could be off by more than this share of itself, as keys like these see it: with e what Lᵀβ is off by, that is
+        ‖M^-½ (VᵀV)′ M^-½‖ ≤ 2 ‖L‖ ‖K‖ ‖e‖, since ‖V M^-½‖ ≤ ‖L‖ and ‖e M^-½‖ is about ‖e Kᵀ‖ (M taken with the keys in it).
         """
         assert self._solved is not None, "there was no solve"
         keys, _, factor, half = self._solved
-        off = float((self._half(beta, factor) - half).norm(dim=1).max()) * float(keys.norm(dim=1).max())
-        return factor.contiguous() if 2 * off * len(keys) ** 0.5 < within else None
+        off = 2 * factor.norm() * keys.norm() * (self._half(beta, factor) - half).norm()
+        return factor if float(off) < within else None
 
     def recall(self, beta: Tensor, factor: Tensor) -> None:
         """`remember`, from what `solve` and `solved` gave for keys while exactly the history of now was there; for slack 1.
@@ -203,8 +203,8 @@ class Ridge:
 
     def _half(self, beta: Tensor, factor: Tensor) -> Tensor:
         """Lᵀβ, which is L⁻¹G."""
-        like = self._recent.tensor
-        return factor.contiguous().to(like).T @ beta.detach().contiguous().to(like)
+        factor, beta = (part.detach().to(self._recent.tensor).clone(memory_format=torch.contiguous_format) for part in (factor, beta))
+        return factor.T @ beta
 
     def _append(self, half: Tensor) -> None:
         self._solved = None

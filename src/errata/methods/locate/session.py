@@ -366,7 +366,9 @@ class LocateSession(Session):
         path = self.lm.anatomy.mlp_down[layer]
         dtype = master_dtype(self.lm.anatomy.weight(self.lm.model, path))
         self._refuse_runaway(residual, beta)
-        return LowRankDelta(path, residual.to(dtype).T.contiguous(), beta.to(residual.device, dtype).contiguous())
+        # Copies that lie in memory as those do that are read from a file: how a product is rounded may depend on it.
+        left, right = residual.to(dtype).T, beta.to(residual.device, dtype)
+        return LowRankDelta(path, *(factor.clone(memory_format=torch.contiguous_format) for factor in (left, right)))
 
     def effect(self, delta: Delta, key: Tensor) -> Tensor:
         """Δ k for keys [.., d_in]."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
 
 ENOUGH = 1e-3
-"""By how much kᵀMk may be off for keys like an edit's own, because β was rounded to what weights are summed in. It is below 1 by then."""
+"""The share by which M may be off because β was rounded to what the weights are summed in."""
 
 
 def trail(after: str, ridges: Mapping[int, Ridge], deltas: Mapping[int, Delta], keys: Mapping[int, Tensor]) -> Trail:
