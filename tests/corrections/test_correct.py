@@ -13,6 +13,8 @@ from errata.corrections import Limits, Outcome, correct, rebase
 from errata.edits import DenseDelta, EditError, Stack
 from errata.edits.ledger import Ledger
 from errata.facts import EditCase, Fact, Probe
+from errata.lm.asking import has_company
+from errata.lm.suffix import is_exact
 from errata.methods.base import Session
 from errata.metrics.teacher_forced import predict
 from tests.families import language_model
@@ -194,6 +196,24 @@ def test_stopped_and_gone_on_with_ends_at_the_same_weights(name: str, tmp_path: 
     with Ledger.open(tmp_path / "whole") as whole, Ledger.open(tmp_path / "cut") as cut:
         assert whole.checksum == cut.checksum and len(cut.entries()) == 3
     assert same(now(lm, tmp_path / "whole"), now(lm, tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_memory_is_no_part_of_what_a_model_is_like(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A model that is taken up with MELO's memory beside it is tried out without it: whether it looks ahead, for one, as MELO's blocks
+    seem to, which are asked at the end of a question. And a value that is looked for then is looked for with the memory in it."""
+    lm = language_model("gpt2", dtype=dtype)
+    done(lm, tmp_path / "l", FACT, OTHER, name="melo", settings={"steps": 2}, limits=None, force=True)
+    fresh, last = language_model("gpt2", dtype=dtype), Fact("The capital of {} is", "Japan", "Paris")
+    assert told(done(fresh, tmp_path / "l", last, name="memit", settings={"steps": 2}, limits=None, force=True)) == [("made", 3)]
+    assert fresh.anatomy == language_model("gpt2", dtype=dtype).anatomy
+    with Ledger.open(tmp_path / "l") as ledger:
+        ledger.apply(fresh)
+        assert has_company(fresh)
+        is_exact(fresh, 1)
+        assert not vars(fresh.model).get("errata_suffix"), "what was found holds for this memory alone"
+    Stack.of(fresh).clear()
+    assert not has_company(fresh)
 
 
 @pytest.mark.parametrize("name", ["alphaedit", "deltaedit", "ft-m"])

@@ -443,6 +443,8 @@ def test_some_are_out_for_a_while(dtype: torch.dtype, out: list[int], fold: int)
                 if number not in out:
                     make_edit(others, number).apply()
             assert_same(weights(lm), weights(others))
+            with pytest.raises(EditError, match="set aside"):
+                edits[6].apply()
             raise RuntimeError("inside")
     assert_same(weights(lm), before)
     assert stack.active == active
@@ -463,6 +465,19 @@ def test_a_replacement_wipes_what_was_there(tmp_path: Path) -> None:
     assert_same(weights(lm), base)
     with pytest.raises(EditError, match="replacement delta for 'a'"):
         Edit(lm, [Replacement("a", wanted)], [FACT], {}).apply()
+
+
+def test_what_an_edit_is_called_says_all_of_it() -> None:
+    lm = make_lm()
+    told = {
+        "deltas": make_edit(lm, 1),
+        "facts": Edit(lm, make_edit(lm).deltas, [Fact("Who is {}?", "Ann", "Ben")], {}),
+        "trail": make_edit(lm, trail=Trail("abcd", {})),
+        "another trail": make_edit(lm, trail=Trail("abce", {})),
+        "as it is": make_edit(lm),
+    }
+    assert len({edit.content for edit in told.values()}) == len(told)
+    assert make_edit(make_lm()).content == told["as it is"].content
 
 
 def test_its_trail_travels_with_the_edit_and_its_keys_do_not(tmp_path: Path) -> None:

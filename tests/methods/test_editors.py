@@ -216,6 +216,21 @@ def own_keys(lm: LanguageModel, session: Any, facts: list[Fact]) -> dict[int, to
     return {layer: session.key(contexts) for layer, contexts in before.items()}
 
 
+def test_a_session_that_looked_is_told_of_others_before_its_next_edit() -> None:
+    """As `rebase` tells it, edit by edit: the sums are those of one that takes up all of them at once."""
+    lm, method = language_model("llama"), KEEPERS["alphaedit"]
+    edits = in_a_row(lm, method, FACTS[:3])
+    edits[0].revert()
+    session: Any = method.start(lm)
+    session.resume(edits[1:])
+    other = errata.edit(lm, FACTS[3], errata.MEMIT(**TEXT, layers=(0, 1)))
+    other.apply()
+    session.resume([other])
+    fresh: Any = method.start(lm)
+    fresh.resume([*edits[1:], other])
+    assert equal(session, fresh) and session.looked
+
+
 def test_so_are_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text in a file may be another one by the next time."""
     lm, method = language_model("llama"), KEEPERS["alphaedit"]

@@ -182,9 +182,9 @@ class _Sequence:
             return 0
         try:
             session.load_state_dict(kept.session)
-            trace.load_state_dict(kept.trace)
         except KeyError as error:
             raise PlanError(f"{self.state} is of another errata (no {error} in it); remove it, and the sequence begins again") from error
+        trace.load_state_dict(kept.trace)
         kept.restore(self.lm)
         return kept.edits
 

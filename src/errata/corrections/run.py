@@ -70,7 +70,8 @@ def correct(
     """Edit what the cases ask for, on top of what the ledger holds, and enter it; one outcome a case, in their order.
 
     batch: so many cases become one edit. limits: what an edit must not break, None: it stays whatever it does.
-    force: also what the model knows already, was turned down before, or was made and is not said.
+    force: also what the model knows already, was turned down before, or was made and is not said; so a forced call that is stopped and made
+        again tries again what did not take, and may come to other weights than one that was not.
     replace: an active edit that says otherwise about the same prompt is undone for the new one; without it the request is rejected.
     watch: is shown the session before the first edit.
 

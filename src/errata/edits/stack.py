@@ -197,7 +197,7 @@ class Stack:
 
     @contextmanager
     def without_(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """The model without those of the edits that are applied while it lasts, then with all again, bit for bit. None may come or go.
+        """The model without those of the edits that are applied while it lasts, then with all again, bit for bit; none may come or go.
 
         Raises EditError for one that was folded with others.
         """
@@ -207,13 +207,15 @@ class Stack:
         active, paths = self.active, list(dict.fromkeys(path for edit in edits if self.holds(edit) for path in _paths(edit)))
         try:
             self._bring([edit for edit in active if not any(edit is other for other in edits)], paths)
+            self._aside = True
             yield
         finally:
+            self._aside = False
             self._bring(active, paths)
 
     @torch.no_grad()
     def _bring(self, active: list[Edit], paths: Iterable[str]) -> None:
-        """Let these be the active edits; they touch other weights as those did that were, but for the paths."""
+        """Let these be the active edits, which differ from those of now in what touches these paths."""
         self.active = active
         self._attach(self.memory)
         for path in paths:
@@ -249,13 +251,14 @@ class Stack:
             self._attached[1].close()
             self._attached = None
         if memory is not None:
+            _ = self._lm.anatomy  # is tried out at first use, and must be the model's own
             with ExitStack() as stack:
                 stack.enter_context(memory.attached(self._lm))
                 self._attached = (memory, stack.pop_all())
 
     def _refuse_aside(self) -> None:
         if self._aside:
-            raise EditError("the edits are set aside for the moment; leave `aside_()` before anything is applied, reverted or folded")
+            raise EditError("edits are set aside for the moment; leave `aside_()` or `without_()` before one is applied or reverted")
 
     def _check(self, edit: Edit) -> None:
         refuse_uneditable(self._lm, [f"{path}.weight" for path in _paths(edit)])

@@ -20,7 +20,7 @@ from errata.lm.tokens import Encoded
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
 
-_ENDS, _PREFACE = "errata_ends", "errata_preface"
+_ENDS, _PREFACE, _READERS = "errata_ends", "errata_preface", "errata_readers"
 
 Preface = Callable[[Encoded], Encoded]
 """A text as it is to be read, with something in front of its question (the same target; `prompt_length` and the subject move along)."""
@@ -78,10 +78,18 @@ def reading(lm: LanguageModel) -> Iterator[Callable[[], Reading]]:
         now[:] = [Reading(ends.to(given.device), there & (columns <= ends.to(given.device)[:, None]))]
 
     handle = lm.model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    kept = vars(lm.model)
+    kept[_READERS] = kept.get(_READERS, 0) + 1
     try:
         yield lambda: now[0]
     finally:
+        kept[_READERS] -= 1
         handle.remove()
+
+
+def has_company(lm: LanguageModel) -> bool:
+    """Whether something beside the weights has a say in what the model answers."""
+    return bool(vars(lm.model).get(_READERS)) or vars(lm.model).get(_PREFACE) is not None
 
 
 @contextmanager

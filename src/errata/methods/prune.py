@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class PRUNE(MEMIT):
     """Perturbation restraint (Ma et al. 2024, arXiv 2405.16821): singular values of W_T − W_0 above σ_max(W_0) grow as a logarithm only.
 
+    With `history`, the keys that stay in the sum are those before the restraint.
+
     growth: how they grow beyond it: "log" (the paper's), "log2" …, "linear"; see `restrain`.
     """
 

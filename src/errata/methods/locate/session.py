@@ -19,7 +19,6 @@ from torch import Tensor
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
-from errata.edits.rows import digest
 from errata.edits.stack import Stack
 from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
@@ -30,7 +29,7 @@ from errata.methods.base import Method, Session, check_range
 from errata.methods.locate.contexts import prefixes, request
 from errata.methods.locate.ridge import Prior, Ridge, inverse_prior
 from errata.methods.locate.sweep import Reached, Sweep
-from errata.methods.locate.trail import recall, trail
+from errata.methods.locate.trail import beginning, follow, recall, trail
 from errata.methods.locate.value import Search, Values, find_values
 from errata.statistics.errors import StatisticsError
 from errata.statistics.moments import Moments, moments_for
@@ -220,7 +219,7 @@ class LocateSession(Session):
         super().remember(edit)
         if self.keeps:
             self.facts += edit.facts
-            self.lineage = digest([self.lineage, edit.content])
+            self.lineage = follow(self.lineage, edit)
             self.looked = False
 
     def resume(self, edits: Sequence[Edit]) -> None:
@@ -240,7 +239,7 @@ class LocateSession(Session):
         for number, edit in enumerate(edits):
             if number in own and (edit.trail is None or edit.trail.after != lineage):
                 anew = own.index(number) + 1
-            lineage = digest([lineage, edit.content])
+            lineage = follow(lineage, edit)
         if anew is not None:
             facts = [*self.facts, *(fact for number in own[:anew] for fact in edits[number].facts)]
             with Stack.of(self.lm).without_(edits[own[anew] :] if anew < len(own) else ()):
@@ -269,7 +268,7 @@ class LocateSession(Session):
 
     def _beginning(self) -> str:
         """What a history is called that nothing is in: by the model, and the statistics under the write rules."""
-        return digest([self.lm.fingerprint, self.moments.fingerprint, self.moments.pieces, self.moments.count])
+        return beginning(self.lm.fingerprint, self.moments.fingerprint, self.moments.pieces, self.moments.count)
 
     def _edit(self, facts: list[Fact]) -> Edit:
         clock = Stopwatch()

@@ -7,6 +7,7 @@ model then.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,21 @@ def trail(after: str, ridges: Mapping[int, Ridge], deltas: Mapping[int, Delta], 
 def recall(ridges: Mapping[int, Ridge], edit: Edit) -> None:
     """Put an edit into the write rules, from its trail. Raises EditError if it has none for one of them."""
     kept = edit.trail.tensors if edit.trail else {}
-    for (layer, ridge), delta in zip(ridges.items(), edit.deltas, strict=False):  # behind them there may be what ended the sequence
+    deltas = edit.deltas[: len(ridges)]  # behind them there may be what ended the sequence
+    for (layer, ridge), delta in zip(ridges.items(), deltas, strict=True):
         if isinstance(delta, LowRankDelta) and f"factor.{layer}" in kept:
             ridge.recall(delta.right, kept[f"factor.{layer}"])
         elif f"keys.{layer}" in kept:
             ridge.remember(kept[f"keys.{layer}"])
         else:
             raise EditError(f"{edit} does not say what a session must know to remember it (made by an older errata?); resume() with it")
+
+
+def beginning(*parts: object) -> str:
+    """What a history is called that nothing is in yet, by what it stands on."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def follow(history: str, edit: Edit) -> str:
+    """What it is called with one edit more."""
+    return hashlib.sha256(f"{history} {edit.content}".encode()).hexdigest()
