@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from errata.edits import Edit, EditError, Memory, Stack, memory
-from errata.lm import Encoded, LanguageModel, encode
+from errata.lm import Encoded, LanguageModel, ModelError, encode
 from errata.lm.asking import Reading, prefacing, reading
 from errata.lm.capture import add_to_output, submodule
 from tests.families import language_model
@@ -51,6 +51,26 @@ def lm() -> LanguageModel:
 def edit(lm: LanguageModel, id: str, parent: str | None = None) -> Edit:
     torch.manual_seed(ord(id))
     return Edit(lm, [], [], {"name": "shift"}, memory=Shift(torch.randn(lm.anatomy.hidden_size), id, parent))
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead(Shift):
+    """Lets every token see all later ones, as a memory that asks the end of a question first."""
+
+    kind = "ahead"
+
+    @contextmanager
+    def attached(self, lm: LanguageModel) -> Iterator[None]:
+        with add_to_output(submodule(lm.model, "model.layers.0.mlp.down_proj"), lambda output: output.sum(1, keepdim=True)):
+            yield
+
+
+def test_the_model_is_tried_out_without_it(lm: LanguageModel) -> None:
+    """One that looks ahead cannot be edited; a causal one with a memory that does can."""
+    with Edit(lm, [], [], {}, memory=Ahead(torch.zeros(1), "a")).applied_():
+        assert lm.anatomy.layers
+        with pytest.raises(ModelError, match="looks ahead"):
+            _ = LanguageModel(lm.model, lm.tokenizer).anatomy
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:
