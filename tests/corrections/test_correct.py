@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from errata.corrections import Limits, Outcome, correct, rebase
 from errata.edits import DenseDelta, EditError, Stack
@@ -230,6 +233,32 @@ def test_stopped_around_a_replacement_it_ends_at_the_same_weights(name: str, tmp
             assert [(event.action, event.edit) for event in ledger.events()][2:4] == [("replaced", 1), ("made", 3)]
         found.append(now(lm, tmp_path / str(stop)))
     assert len(checksums) == 1 and all(same(one, found[0]) for one in found)
+
+
+STEPS = ["alphaedit", "deltaedit", "ft-m", "melo", "undo", "redo"]
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.sampled_from(STEPS), min_size=3, max_size=6), batch=st.sampled_from([1, 2]), draw=st.randoms())
+def test_who_saw_it_all_and_who_saw_each_alone(steps: list[str], batch: int, draw: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Calls of several methods, with edits undone and redone in between: one model that lives through all of it, whole calls; against a
+    new one for every batch of requests."""
+    place, stays = tmp_path_factory.mktemp("steps"), language_model("llama")
+    facts = [Fact("{} lies in", subject, target) for subject in ("Lyon", "Zürich", "Warsaw") for target in ("Japan", "Russia")]
+    for number, step in enumerate(steps):
+        asked, pick = draw.sample(facts, 4), draw.random()
+        for folder, whole in ((place / "whole", True), (place / "parts", False)):
+            if step in ("undo", "redo"):
+                with Ledger.write(folder, stays) as ledger, suppress(EditError):  # what a memory holds on to, or contradicts
+                    there = [entry.number for entry in ledger.entries(active=step == "undo")]
+                    getattr(ledger, step)(there[int(pick * len(there))] if there else 1)
+                continue
+            for part in [asked] if whole else [asked[:batch], asked]:
+                lm = stays if whole else language_model("llama")
+                done(lm, folder, *part, name=step, settings={"steps": 2}, limits=None, replace=True, batch=batch, seed=number % 2)
+    with Ledger.open(place / "whole") as one, Ledger.open(place / "parts") as other:
+        assert one.checksum == other.checksum and len(one.entries()) == len(other.entries())
+    assert same(now(stays, place / "whole"), now(language_model("llama"), place / "parts"))
 
 
 def test_the_model_that_edits_is_the_one_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
