@@ -16,7 +16,7 @@ from errata.corrections import Limits, Outcome, correct, rebase
 from errata.edits import DenseDelta, EditError, Stack
 from errata.edits.ledger import Ledger
 from errata.facts import EditCase, Fact, Probe
-from errata.lm.asking import has_company
+from errata.lm.asking import has_memory
 from errata.lm.suffix import is_exact
 from errata.methods.base import Session
 from errata.metrics.teacher_forced import predict
@@ -202,9 +202,9 @@ def test_stopped_and_gone_on_with_ends_at_the_same_weights(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_memory_is_no_part_of_what_a_model_is_like(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A model that is taken up with MELO's memory beside it is tried out without it: whether it looks ahead, for one, as MELO's blocks
-    seem to, which are asked at the end of a question. And a value that is looked for then is looked for with the memory in it."""
+def test_what_is_found_of_a_model_with_a_memory_holds_for_that_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A new process takes up a ledger with MELO's blocks in it, and looks for a value: whether cached prefixes are exact is found out with
+    them beside the weights, and not kept for the model without."""
     lm = language_model("gpt2", dtype=dtype)
     done(lm, tmp_path / "l", FACT, OTHER, name="melo", settings={"steps": 2}, limits=None, force=True)
     fresh, last = language_model("gpt2", dtype=dtype), Fact("The capital of {} is", "Japan", "Paris")
@@ -212,11 +212,11 @@ def test_a_memory_is_no_part_of_what_a_model_is_like(dtype: torch.dtype, tmp_pat
     assert fresh.anatomy == language_model("gpt2", dtype=dtype).anatomy
     with Ledger.open(tmp_path / "l") as ledger:
         ledger.apply(fresh)
-        assert has_company(fresh)
+        assert has_memory(fresh)
         is_exact(fresh, 1)
         assert not vars(fresh.model).get("errata_suffix"), "what was found holds for this memory alone"
     Stack.of(fresh).clear()
-    assert not has_company(fresh)
+    assert not has_memory(fresh)
 
 
 @pytest.mark.parametrize("name", ["alphaedit", "deltaedit", "ft-m"])

@@ -204,9 +204,10 @@ class Stack:
         self._refuse_aside()
         if folded := [edit for edit in edits if edit in self._folded]:
             raise EditError(f"{folded[0]} was folded with others into {self.active[0]}, and cannot be taken out by itself any more")
-        active, paths = self.active, list(dict.fromkeys(path for edit in edits if self.holds(edit) for path in _paths(edit)))
+        active, out = self.active, set(map(id, edits))
+        paths = list(dict.fromkeys(path for edit in active if id(edit) in out for path in _paths(edit)))
         try:
-            self._bring([edit for edit in active if not any(edit is other for other in edits)], paths)
+            self._bring([edit for edit in active if id(edit) not in out], paths)
             self._aside = True
             yield
         finally:

@@ -87,7 +87,7 @@ def reading(lm: LanguageModel) -> Iterator[Callable[[], Reading]]:
         handle.remove()
 
 
-def has_company(lm: LanguageModel) -> bool:
+def has_memory(lm: LanguageModel) -> bool:
     """Whether something beside the weights has a say in what the model answers."""
     return bool(vars(lm.model).get(_READERS)) or vars(lm.model).get(_PREFACE) is not None
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from errata.lm.asking import has_company
+from errata.lm.asking import has_memory
 from errata.lm.resume import entering, from_layer, resumable, states_at
 from errata.lm.tokens import Batch, Encoded
 
@@ -189,7 +189,7 @@ def is_exact(lm: LanguageModel, layer: int) -> bool:
     another type of the weights, and for another implementation of attention; and each time while a memory beside the weights answers,
     which may be another one by the next time.
     """
-    if has_company(lm):
+    if has_memory(lm):
         return _probe(lm, layer)
     known: dict[tuple[object, ...], bool] = vars(lm.model).setdefault("errata_suffix", {})
     case = (layer, lm.dtype, lm.device, getattr(lm.model.config, "_attn_implementation", None))

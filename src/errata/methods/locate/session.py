@@ -235,10 +235,11 @@ class LocateSession(Session):
         if not self.keeps:
             return super().resume(edits)
         own, lineage = self.own(edits), self.lineage
+        places = {number: place for place, number in enumerate(own)}
         anew = 0 if self.looked and edits else None  # so many of the own ones, from the first on, are to be looked at
         for number, edit in enumerate(edits):
-            if number in own and (edit.trail is None or edit.trail.after != lineage):
-                anew = own.index(number) + 1
+            if number in places and (edit.trail is None or edit.trail.after != lineage):
+                anew = places[number] + 1
             lineage = follow(lineage, edit)
         if anew is not None:
             facts = [*self.facts, *(fact for number in own[:anew] for fact in edits[number].facts)]
