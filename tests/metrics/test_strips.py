@@ -11,7 +11,7 @@ from tests.metrics.test_teacher_forced import CASES
 
 
 def test_each_token_has_its_probability_and_its_rival(lm: LanguageModel) -> None:
-    for case, found in zip(CASES, strips(lm, CASES, batch_size=2), strict=True):
+    for case, found in zip(CASES, strips(lm, CASES), strict=True):
         assert len(found) == len(case.facts)
         for fact, strip in zip(case.facts, found, strict=True):
             start = len(lm.tokenizer(fact.text).input_ids)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from errata.facts import EditCase, Fact, Probe
-from errata.lm import LanguageModel
+from errata.lm import Encoded, LanguageModel
 from errata.metrics import summarise, teacher_forced
 
 CASES = [
@@ -131,17 +131,24 @@ def test_the_order_of_texts_changes_nothing(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_batches_hold_what_they_may(lm: LanguageModel, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    whole = LanguageModel.target_logits
+    whole = LanguageModel.rows_at
 
-    def watched(self: LanguageModel, batch: object) -> torch.Tensor:
-        seen.append(tuple(batch.input_ids.shape))  # type: ignore[attr-defined]
-        return whole(self, batch)  # type: ignore[arg-type]
+    def watched(self: LanguageModel, positions: torch.Tensor, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(inputs["input_ids"].shape))
+        return whole(self, positions, mask, **inputs)
 
-    monkeypatch.setattr(LanguageModel, "target_logits", watched)
+    monkeypatch.setattr(LanguageModel, "rows_at", watched)
     teacher_forced.predict(lm, [("Ada " * n, "lives in London") for n in range(1, 30)], rows, batch_tokens=120)
     assert sum(size for size, _ in seen) == 29
     assert all(size <= rows and (size == 1 or size * length <= 120) for size, length in seen)
     assert rows != 32 or max(size for size, _ in seen) > 3  # they are used, too
+
+
+def test_another_batch_begins_before_padding_outweighs_it() -> None:
+    texts = [Encoded(tuple(range(n)), n - 1) for n in (5, 40, 5, 41, 5, 44, 6, 5)]
+    lengths = [[len(texts[i].ids) for i in chosen] for chosen in teacher_forced.batches(texts, padding=8)]
+    assert lengths == [[5, 5, 5, 5, 6], [40, 41, 44]]
+    assert [len(chosen) for chosen in teacher_forced.batches(texts, padding=3)] == [4, 1, 2, 1]
 
 
 def test_outputs_of_another_model_or_case_are_refused(lm: LanguageModel) -> None:

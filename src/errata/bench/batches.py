@@ -20,8 +20,7 @@ from errata.edits.side_by_side import SideBySide, can_stand_beside
 from errata.facts import FactError
 from errata.lm import ModelError
 from errata.methods.base import Method
-from errata.metrics import generation, teacher_forced
-from errata.metrics.strips import strips
+from errata.metrics import teacher_forced
 from errata.metrics.teacher_forced import wide
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ MOST = 64
 """Edits in a batch: beyond it nothing is gained on a CPU, and a run that is stopped loses more."""
 TOKENS = 64
 """Of an edit's text, for the memory it takes."""
-ROWS = 256
+ROWS = 128
 """Texts in a batch of the measurement."""
 
 
@@ -131,7 +130,8 @@ def _measured(
     if len(beside) > 1:
         clock = time.perf_counter()
         try:
-            made = side_by_side(lm, beside, [edits[case.id] for case in beside], before)
+            rows = SideBySide(lm, [edits[case.id] for case in beside]).rows
+            made = outcomes(lm, beside, before, seed, ROWS, rows)
         except (FactError, ModelError):  # a text that is too long: one by one the others do not suffer from it
             made = []
         seconds = (time.perf_counter() - clock) / len(beside)
@@ -145,17 +145,4 @@ def _measured(
             wrong[case.id] = str(error)
             continue
         found[case.id] = outcome, time.perf_counter() - clock
-    return found
-
-
-def side_by_side(lm: LanguageModel, cases: Sequence[EditCase], edits: Sequence[Edit], before: Before) -> list[dict[str, Any]]:
-    """The outcome of each case under its own edit, all in one go. Raises ModelError where a text is too long."""
-    rows = SideBySide(lm, edits).rows
-    scores = teacher_forced.score_all(lm, cases, before, ROWS, within=rows)
-    written = generation.score_all(lm, cases, batch_size=ROWS, within=rows)
-    found = []
-    for score, text, strip in zip(scores, written, strips(lm, cases, ROWS, within=rows), strict=True):
-        outcome = score.to_dict() | {"generation": text.to_dict(), "strips": strip}
-        del outcome["id"]
-        found.append(outcome)
     return found

@@ -8,24 +8,32 @@ from typing import TYPE_CHECKING
 from errata.bench.folder import Record
 from errata.facts import EditCase
 from errata.metrics import generation, multihop, teacher_forced
-from errata.metrics.strips import strips
+from errata.metrics.strips import strip
 
 if TYPE_CHECKING:
     from errata.lm import LanguageModel
+    from errata.lm.own import Within
 
 
 def outcomes(
-    lm: LanguageModel, cases: Sequence[EditCase], before: Mapping[str, teacher_forced.Tokens] | None, seed: int = 0
+    lm: LanguageModel,
+    cases: Sequence[EditCase],
+    before: Mapping[str, teacher_forced.Tokens] | None,
+    seed: int = 0,
+    batch_size: int = teacher_forced.BATCH_SIZE,
+    within: Within | None = None,
 ) -> list[Record]:
     """For each case what `errata.metrics.summarise` reads: accuracies, their probes, what the model, as it is, writes; and the strips.
 
-    before: see `teacher_forced.score_all`. seed: of the replies to questions, which are sampled; cases without questions have none.
-    Raises ModelError for a text that is too long for the model.
+    before, within: see `teacher_forced.score_all`. seed: of the replies to questions, which are sampled; cases without questions have
+    none, and `within` is not for those that have. Raises ModelError for a text that is too long for the model.
     """
-    records = [score.to_dict() for score in teacher_forced.score_all(lm, cases, before)]
-    for record, said, strip in zip(records, generation.score_all(lm, cases), strips(lm, cases), strict=True):
-        record |= {"generation": said.to_dict(), "strips": strip}
+    records = []
+    scores = teacher_forced.score_all(lm, cases, before, batch_size, within)
+    for score, said in zip(scores, generation.score_all(lm, cases, batch_size=batch_size, within=within), strict=True):
+        record = score.to_dict() | {"generation": said.to_dict(), "strips": [strip(lm.tokenizer, edit) for edit in score.edits]}
         del record["id"]
+        records.append(record)
     with_questions = [(case, record) for case, record in zip(cases, records, strict=True) if case.questions]
     if with_questions:
         replies = multihop.score_all(lm, [case for case, _ in with_questions], seed)

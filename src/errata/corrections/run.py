@@ -163,9 +163,7 @@ class _Tried:
     taken: Sequence[float]
 
 
-def _try(
-    lm: LanguageModel, session: Session, cases: Sequence[EditCase], seed: int, gate: Gate | None, ordinary: Ordinary | None
-) -> _Tried:
+def _try(lm: LanguageModel, session: Session, cases: Sequence[EditCase], seed: int, gate: Gate | None, ordinary: Ordinary | None) -> _Tried:
     """One edit of all the cases, on top of what is applied; taken out again where it breaks a limit."""
     facts = [fact for case in cases for fact in case.facts]
     made: Edit | None = None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DATABASE, LOCK, OBJECTS = "ledger.sqlite", "ledger.lock", "objects"
 
+
 class New(NamedTuple):
     """An edit that is to be entered.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
     from errata.lm.resume import from_layer, states_at
     from errata.lm.suffix import Suffix
-    from errata.lm.tokens import Batch, Encoded, collate, encode, joint
+    from errata.lm.tokens import Batch, Encoded, collate, encode, encode_all, joint
 
 _HOME = {
     "anatomy": ("Anatomy", "find_anatomy", "is_conv1d", "matrix"),
@@ -27,7 +27,7 @@ _HOME = {
     "model": ("LanguageModel",),
     "resume": ("from_layer", "states_at"),
     "suffix": ("Suffix",),
-    "tokens": ("Batch", "Encoded", "collate", "encode", "joint"),
+    "tokens": ("Batch", "Encoded", "collate", "encode", "encode_all", "joint"),
 }
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "add_to_output",
     "collate",
     "encode",
+    "encode_all",
     "find_anatomy",
     "from_layer",
     "is_conv1d",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -67,29 +68,41 @@ def encode(tokenizer: Any, prompt: str, target: str = "", subject_span: tuple[in
         tokenizer by decoding ever longer prefixes.
     Raises ValueError for a prompt or target without tokens, or a subject that no token covers.
     """
-    prompt_ids, offsets = _tokenize(tokenizer, prompt)
-    if not prompt.strip() or not prompt_ids:
-        raise ValueError(f"the prompt {prompt!r} has no tokens; write some text before the target")
-    target_ids: list[int] = []
-    if target:
-        tail = joint(prompt, target) + target
-        whole, _ = _tokenize(tokenizer, prompt + tail)
-        goes_on = whole[: len(prompt_ids)] == prompt_ids
-        target_ids = whole[len(prompt_ids) :] if goes_on else _continuation(tokenizer, prompt_ids, tail)
-        if not target_ids:
-            raise ValueError(f"the target {target!r} has no tokens in this tokenizer; write another answer")
-    last = None if subject_span is None else _last_token(tokenizer, prompt, prompt_ids, offsets, subject_span)
-    return Encoded((*prompt_ids, *target_ids), len(prompt_ids), last)
+    (encoded,) = encode_all(tokenizer, [(prompt, target)])
+    if subject_span is None:
+        return encoded
+    return replace(encoded, subject_last=_last_token(tokenizer, prompt, encoded.prompt_ids, subject_span))
 
 
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Ids with the special prefix but without a special suffix (an EOS would end the text before its target), and character offsets."""
-    encoding = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    special, end = encoding["special_tokens_mask"], len(encoding["input_ids"])
-    while end and special[end - 1]:
-        end -= 1
-    offsets = [tuple(span) for span in encoding["offset_mapping"][:end]] if tokenizer.is_fast else None
-    return list(encoding["input_ids"][:end]), offsets
+def encode_all(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """`encode` of many (prompt, target), without subjects: the tokenizer is called twice in all, and most of what it takes is the call."""
+    prompts = _tokenize(tokenizer, [prompt for prompt, _ in texts])
+    tails = [joint(prompt, target) + target for prompt, target in texts]
+    wholes = iter(_tokenize(tokenizer, [prompt + tail for (prompt, _), tail in zip(texts, tails, strict=True) if tail]))
+    found = []
+    for (prompt, target), prompt_ids, tail in zip(texts, prompts, tails, strict=True):
+        if not prompt.strip() or not prompt_ids:
+            raise ValueError(f"the prompt {prompt!r} has no tokens; write some text before the target")
+        target_ids: list[int] = []
+        if tail:
+            whole = next(wholes)
+            goes_on = whole[: len(prompt_ids)] == prompt_ids
+            target_ids = whole[len(prompt_ids) :] if goes_on else _continuation(tokenizer, prompt_ids, tail)
+            if not target_ids:
+                raise ValueError(f"the target {target!r} has no tokens in this tokenizer; write another answer")
+        found.append(Encoded((*prompt_ids, *target_ids), len(prompt_ids)))
+    return found
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text with the special prefix but without a special suffix: an EOS would end the text before its target."""
+    if not texts:
+        return []
+    encoding = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+    return [
+        list(ids[: len(ids) - sum(1 for _ in takewhile(bool, reversed(special)))])
+        for ids, special in zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
+    ]
 
 
 def _continuation(tokenizer: Any, prompt_ids: list[int], text: str) -> list[int]:
@@ -112,11 +125,12 @@ def _continuation(tokenizer: Any, prompt_ids: list[int], text: str) -> list[int]
     return next(exact, candidates[0])
 
 
-def _last_token(tokenizer: Any, prompt: str, ids: list[int], offsets: list[tuple[int, int]] | None, span: tuple[int, int]) -> int:
+def _last_token(tokenizer: Any, prompt: str, ids: Sequence[int], span: tuple[int, int]) -> int:
     start, end = span
     if not 0 <= start < end <= len(prompt):
         raise ValueError(f"the subject's place {span} is not inside the prompt {prompt!r} of {len(prompt)} characters")
-    if offsets is not None:  # offsets grow, so the last token that begins before the subject's end holds its last character
+    if tokenizer.is_fast:  # offsets grow, so the last token that begins before the subject's end holds its last character
+        offsets = tokenizer(prompt, return_offsets_mapping=True, verbose=False)["offset_mapping"][: len(ids)]
         covering = [i for i, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
         found = covering[-1] if covering else None
     else:

@@ -8,20 +8,22 @@ the *unedited* model put there (locality; the answer only says which positions c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from errata.facts import EditCase, Probe
-from errata.lm import Encoded, LanguageModel, encode
+from errata.lm import Encoded, LanguageModel, encode_all
 from errata.lm.own import Within, mapped, within_of
 from errata.metrics.summary import KINDS
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 4096
 """A batch holds at most so many texts, and so many tokens with padding (one text at least)."""
+PADDING = 128, 1024
+"""And at most about so many tokens that are padding, on a CPU and on other devices: another call of the model would cost less."""
 
 Groups = Mapping[str, tuple[Probe, ...]]
 Tokens = Mapping[str, Sequence[Sequence[int]]]
@@ -30,10 +32,12 @@ Tokens = Mapping[str, Sequence[Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What stands at an answer's positions, and what the model puts there. Two tuples of token ids of equal length."""
+    """What stands at an answer's positions and what the model puts there, two tuples of token ids; p: the probabilities of what stands
+    there. All of equal length."""
 
     wanted: tuple[int, ...]
     given: tuple[int, ...]
+    p: tuple[float, ...] = field(compare=False)  # rounding, which what stands in a batch together changes
 
     @property
     def accuracy(self) -> float:
@@ -47,10 +51,12 @@ class CaseScore:
 
     probes: kind -> group -> one value a probe. A kind or group without probes is absent. The edit prompts are the one group "edit"
     of reliability, the rephrasings the one group "rephrase" of generality.
+    edits: the edit prompts token by token, in the order of the facts.
     """
 
     id: str
     probes: Mapping[str, Mapping[str, tuple[float, ...]]]
+    edits: tuple[Prediction, ...]
 
     @property
     def groups(self) -> dict[str, dict[str, float]]:
@@ -111,31 +117,41 @@ def predict(
     batch_tokens: int = BATCH_TOKENS,
     within: Within | None = None,
 ) -> list[Prediction]:
-    """The arg-max at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
+    """What the model puts at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
 
     within: entered around each batch, with the numbers of the texts that are its rows.
     Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
     """
-    encoded = [encode(lm.tokenizer, prompt, answer) for prompt, answer in texts]
+    encoded = encode_all(lm.tokenizer, texts)
     found: dict[int, Prediction] = {}
-    for chosen in batches(encoded, batch_size, batch_tokens):
-        batch = lm.batch([encoded[i] for i in chosen])
+    for chosen in batches(encoded, batch_size, batch_tokens, PADDING[lm.device.type != "cpu"]):
+        batch = lm.batch([encoded[i] for i in chosen]).without_last()
         with within_of(within, chosen):
-            given = lm.target_logits(batch.without_last()).argmax(dim=-1).tolist()  # [B, Tm]
-        for i, row in zip(chosen, given, strict=True):
-            wanted = encoded[i].target_ids
-            found[i] = Prediction(wanted, tuple(row[: len(wanted)]))
+            rows = lm.rows_at(batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        wanted = batch.targets[batch.mask]  # [N] text by text, as the rows are
+        logits, wanted = rows.float(), wanted.to(rows.device)
+        p = (logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)).exp()
+        given = zip(rows.argmax(-1).tolist(), p.tolist(), strict=True)
+        for i in chosen:
+            own = [next(given) for _ in encoded[i].target_ids]
+            found[i] = Prediction(encoded[i].target_ids, tuple(token for token, _ in own), tuple(value for _, value in own))
     return [found[i] for i in range(len(texts))]
 
 
-def batches(encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+def batches(
+    encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS, padding: int = PADDING[0]
+) -> Iterator[list[int]]:
     """Indices of `encoded`, texts of like length together; the same texts in another order give the same batches."""
     chosen: list[int] = []
+    tokens = 0
     for i in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].ids)):
-        if chosen and (len(chosen) == batch_size or (len(chosen) + 1) * len(encoded[i].ids) > batch_tokens):  # the longest comes last
+        longest = len(encoded[i].ids)  # the longest comes last
+        whole = (len(chosen) + 1) * longest
+        if chosen and (len(chosen) == batch_size or whole > batch_tokens or whole - longest - tokens > padding):
             yield chosen
-            chosen = []
+            chosen, tokens = [], 0
         chosen.append(i)
+        tokens += longest
     if chosen:
         yield chosen
 
@@ -197,10 +213,13 @@ def score_all(
         if kind != "locality"
     ]
     best: dict[tuple[int, str, str, int], float] = {}
+    edits: list[list[Prediction]] = [[] for _ in cases]
     about = mapped(within, [place[0] for place, _ in answers])
     predictions = predict(lm, [text for _, text in answers], batch_size, within=about)
     for (place, _), prediction in zip(answers, predictions, strict=True):
         best[place] = max(best.get(place, 0.0), prediction.accuracy)
+        if place[1] == "reliability":
+            edits[place[0]].append(prediction)
     now: list[dict[str, list[list[int]]]] = []
     if before is not None:
         together = wide(lm) or within is not None
@@ -214,7 +233,7 @@ def score_all(
         }
         if before is not None and "locality" in kinds:
             values["locality"] = _unmoved(case, before, now[index])
-        scores.append(CaseScore(case.id, values))
+        scores.append(CaseScore(case.id, values, tuple(edits[index])))
     return scores
 
 

@@ -108,8 +108,7 @@ def drift(story: Story) -> Iterator[Board]:
             if len(found) == 1:
                 ends = [found[0]["intervals"][name] for name in names]
                 cells = [
-                    replace(cell, small="" if low is None else span(low, high, 3))
-                    for cell, (low, high) in zip(cells, ends, strict=True)
+                    replace(cell, small="" if low is None else span(low, high, 3)) for cell, (low, high) in zip(cells, ends, strict=True)
                 ]
             rows.append((Shown(line.label), *cells))
     if rows:

@@ -108,8 +108,7 @@ def _board(title: str, story: Story, columns: Sequence[Column]) -> Board:
         frozenset(place + 2 for place, column in enumerate(columns) if not column.led),
         (
             "Per cent; below it the 95 % bootstrap interval over cases (Wilson's where all agree), and ± the standard deviation over seeds "
-            "where there are several. "
-            + " ".join(f"{column.title}: {column.about}." for column in columns),
+            "where there are several. " + " ".join(f"{column.title}: {column.about}." for column in columns),
         ),
     )
 
