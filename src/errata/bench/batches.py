@@ -46,8 +46,8 @@ def edits_together(method: object) -> bool:
     return isinstance(method, Method) and type(method).many is not Method.many
 
 
-def fitting(lm: LanguageModel) -> int:
-    """How many edits fit into half of the memory that is free now, 1 to MOST.
+def fitting(lm: LanguageModel, workers: int = 1) -> int:
+    """How many edits fit into half of the memory that is free now, 1 to MOST, where so many workers share it.
 
     An edit is taken for a dense change of one MLP down-projection, six times in float32 (itself, its gradient, two moments, its end, one
     more on the way), and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
@@ -56,7 +56,7 @@ def fitting(lm: LanguageModel) -> int:
     free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
     d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
     one = 6 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
-    return max(1, min(MOST, free // 2 // one))
+    return max(1, min(MOST, free // 2 // one // workers))
 
 
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:

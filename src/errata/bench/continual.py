@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from errata.bench.folder import Key, Record, append, key_of
+from errata.bench.folder import Key, Record, key_of
 from errata.bench.making import settle, short, wait_for, watched
 from errata.bench.outcomes import outcomes
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.sequence import FACT, NOT_FINITE, SOLVER
+from errata.bench.tasks import Line, Task
 from errata.edits import Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError
 from errata.lm import ModelError
@@ -35,38 +35,31 @@ def blocks(cases: Sequence[EditCase], size: int) -> list[tuple[EditCase, ...]]:
     return [tuple(cases[start : start + size]) for start in range(0, len(cases), size)]
 
 
-def fill(
-    plan: Plan,
-    rows: Sequence[tuple[Row, Method, Objective]],
-    cases: Mapping[int, Sequence[EditCase]],
-    lm: LanguageModel,
-    path: Path,
-    records: dict[Key, Record],
-    progress: Callable[[int, int, str], None] | None,
-) -> None:
-    """Run every block of which a line is missing, and append its missing lines, a case each. cases: those of each seed, in their order.
-
-    A block's lines are written when it is measured, so what is done again after a stop is one block, with the same seeds. The model is
-    the unedited one between blocks, and afterwards. Raises PlanError if it is not the unedited one before.
-    """
-    if Stack.of(lm).active:
-        raise PlanError(f"{lm.name} has edits applied, and continual editing begins at the unedited model; revert them first")
+def tasks(plan: Plan, rows: Sequence[Line], cases: Mapping[int, Sequence[EditCase]], records: Mapping[Key, Record]) -> Iterator[Task]:
+    """Every block of which a line is missing. cases: those of each seed, in the order of their edits."""
     assert plan.block is not None  # the protocol is continual
-    before: dict[str, teacher_forced.Tokens | ModelError] = {}  # what the unedited model says, once a case, for all rows
-    total = sum(len(cases[row.seed]) for row, *_ in rows)
-    done = sum(key_of(row, case.id) in records for row, *_ in rows for case in cases[row.seed])
-    for row, method, objective in rows:
+    for place, (row, *_) in enumerate(rows):
         for number, block in enumerate(blocks(cases[row.seed], plan.block), 1):
-            missing = [key for case in block if (key := key_of(row, case.id)) not in records]
-            if not missing:
-                continue
-            before |= {case.id: _before(lm, case) for case in block if case.id not in before}
-            for line in _run(row, method, objective, lm, block, number, before, plan.measure):
-                if (key := key_of(row, line["case"])) in missing:
-                    records[key] = append(path, line)
-            done += len(missing)
-            if progress:
-                progress(done, total, row.name)
+            if missing := sum(key_of(row, case.id) not in records for case in block):
+                yield Task(place, block, missing, number)
+
+
+class Continual:
+    """Does blocks on one model, which is the unedited one between them and afterwards.
+
+    A block's lines come when it is measured, so what is done again after a stop is one block, with the same seeds.
+    Raises PlanError if the model is not the unedited one before.
+    """
+
+    def __init__(self, plan: Plan, rows: Sequence[Line], lm: LanguageModel) -> None:
+        if Stack.of(lm).active:
+            raise PlanError(f"{lm.name} has edits applied, and continual editing begins at the unedited model; revert them first")
+        self.plan, self.rows, self.lm = plan, rows, lm
+        self.before: dict[str, teacher_forced.Tokens | ModelError] = {}  # what the unedited model says, once a case, for all rows
+
+    def __call__(self, task: Task) -> Generator[Record]:
+        self.before |= {case.id: _before(self.lm, case) for case in task.cases if case.id not in self.before}
+        yield from _run(*self.rows[task.row], self.lm, task.cases, task.number, self.before, self.plan.measure)
 
 
 def _before(lm: LanguageModel, case: EditCase) -> teacher_forced.Tokens | ModelError:

@@ -25,6 +25,12 @@ def key_of(row: Row, what: str) -> Key:
     return row.name, row.seed, what
 
 
+def said_of(record: Record) -> str:
+    """The case or the step that a record is of."""
+    found: str = record["step"] if "step" in record else record["case"]
+    return found
+
+
 def claim(plan: Plan, out: Path, resume: bool) -> Plan:
     """Whether `plan` may be run into `out`, before anything heavy is loaded; the plan with what the folder already knows.
 
@@ -82,8 +88,7 @@ def read_records(path: Path) -> dict[Key, Record]:
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            what = record["step"] if "step" in record else record["case"]
-            records[f"{record['method']}+{record['objective']}", record["seed"], what] = record
+            records[f"{record['method']}+{record['objective']}", record["seed"], said_of(record)] = record
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path}, line {number} is damaged ({error!r}); remove the line and resume: it is measured again") from error
     return records

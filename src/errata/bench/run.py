@@ -1,35 +1,50 @@
-"""Run a plan. The single protocol is here: for every row and case edit, apply, measure, revert, and write the line down before the next
-begins; blocks of edits in a row are in `errata.bench.continual`, a sequence in `errata.bench.sequence`."""
+"""Run a plan: its tasks, here or in several processes, and every line on the disk before the task goes on.
+
+What a task does is in `errata.bench.single`, `errata.bench.continual` and `errata.bench.sequence`."""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from errata import data, methods
-from errata.bench import also, batches, continual, sequence
-from errata.bench.folder import RECORDS, RESULTS, STATE, Key, Record, append, claim, key_of, read_records, start, write_whole
+from errata.bench import also, batches, continual, sequence, single
+from errata.bench.folder import (
+    RECORDS,
+    RESULTS,
+    STATE,
+    Key,
+    Record,
+    append,
+    claim,
+    key_of,
+    read_records,
+    said_of,
+    start,
+    write_whole,
+)
 from errata.bench.intervals import intervals, rounded
-from errata.bench.making import short, watched
 from errata.bench.outcomes import outcomes
-from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Row, Settings, configure, hash_cases, unlabelled
+from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
-from errata.edits import Edit
-from errata.facts import EditCase, FactError
-from errata.lm import LanguageModel, ModelError
+from errata.bench.tasks import Line, Task, Work
+from errata.bench.workers import Workers
 from errata.lm import load as load_model
 from errata.metrics import summarise as means
 from errata.metrics import teacher_forced
-from errata.metrics.overfitting import Lens
 
 if TYPE_CHECKING:
+    from errata.bench.also import Measurement
+    from errata.edits import Edit
+    from errata.facts import EditCase
+    from errata.lm import LanguageModel
     from errata.methods import Method
     from errata.objectives import Objective
 
@@ -47,24 +62,29 @@ def run(
     cases: Sequence[EditCase] | None = None,
     progress: Progress | None = None,
     snapshot_every: int = 50,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Run `plan` into the folder `out`; the content of its `results.json`.
 
     resume: go on with what the folder holds; cases that have a line are not measured again. Without a run in the folder, begin.
     load, cases: the model and the cases where they are not what `plan.model` and `plan.data` name.
     snapshot_every: after so many edits of a sequence its state is written; what came after is done again when the run goes on.
+    workers: processes that share the work, each with a model of its own and, where the plan says no number, an even share of the threads.
+        Each takes single edits (as many as are made side by side), a block or a whole sequence at a time, and then the next.
 
     What a case yields depends on plan, case and seed (in a sequence also on the edits before it), not on when it ran; so however often
     a run is stopped, its results are those of an undisturbed one, up to measured time and memory.
 
-    Raises PlanError if the request is wrong (see `claim`), DataError and ModelError from the loaders. A case whose fact the method
-    cannot edit (FactError), or with a text that is too long for the model, becomes a line with the field `error`, is counted as
-    `failed`, and is in no mean.
+    Raises PlanError if the request is wrong (see `claim`), WorkerError where a worker was killed, DataError and ModelError from the
+    loaders. A case whose fact the method cannot edit (FactError), or with a text that is too long for the model, becomes a line with the
+    field `error`, is counted as `failed`, and is in no mean.
     """
     out = Path(out)
     plan = plan.resolved()
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
-    rows = [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
+    if workers < 1:
+        raise PlanError(f"workers must be at least 1 (got {workers})")
+    rows = _rows(plan)
     wanted = also.measurements(plan, data_dir)
     source = None
     if cases is None:
@@ -73,23 +93,30 @@ def run(
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
         raise PlanError(f"{plan.data} has two cases with the id {next(i for i in ids if ids.count(i) > 1)!r}; records are found by it")
-    lm = (load or (lambda: load_model(plan.model, dtype=plan.dtype)))()
-    with _threads(plan.threads) as threads:
-        plan = replace(plan, batch=plan.batch or batches.fitting(lm))
+    lm = _loaded(plan, load)
+    with _threads(plan.threads or max(1, torch.get_num_threads() // workers)) as threads:
+        plan = replace(plan, batch=plan.batch or batches.fitting(lm, workers))
         plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
-        elsewhere = {seed: also.elsewhere(cases, chosen, seed) for seed, chosen in drawn.items()} if "drift" in wanted else {}
         for _, method, objective in rows:
             method.start(lm, objective=objective)  # what cannot edit this model says so before anything is written
+        work = _work(plan, rows, lm, out, snapshot_every, wanted)
         start(plan, out)
         records = read_records(out / RECORDS)
         if plan.sequence is not None:
-            sequence.fill(plan, rows, drawn, lm, out, records, snapshot_every, progress, wanted, elsewhere)
-        elif plan.block is not None:
-            continual.fill(plan, rows, drawn, lm, out / RECORDS, records, progress)
+            elsewhere = {seed: also.elsewhere(cases, chosen, seed) for seed, chosen in drawn.items()} if "drift" in wanted else {}
+            todo = list(sequence.tasks(plan, rows, drawn, records, elsewhere))
         else:
-            _fill(rows, drawn, lm, out / RECORDS, records, progress, plan.curves, plan.batch)
-    where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
+            todo = list((continual if plan.block is not None else single).tasks(plan, rows, drawn, records))
+        where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
+        if workers > 1 and len(todo) > 1:
+            del lm, work  # each has its own
+            begin = partial(_begin, plan, out, snapshot_every, data_dir, load)
+            with Workers(min(workers, len(todo)), begin) as team:
+                _write(team.done(todo), todo, rows, drawn, out / RECORDS, records, progress)
+        else:
+            with closing(_one_by_one(todo, work)) as made:
+                _write(made, todo, rows, drawn, out / RECORDS, records, progress)
     if source is not None:
         where |= {"data_file": source.name, "data_file_sha256": data.digest(source)}
     if isinstance(asks := wanted.get("ability"), also.Asked):
@@ -136,91 +163,58 @@ def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = N
     return {"n": len(found), "metrics": rounded(means(found)), "intervals": intervals(found)}
 
 
-def _fill(
-    rows: list[tuple[Row, Method, Objective]],
+def _write(
+    made: Iterable[tuple[Task, Record]],
+    todo: Sequence[Task],
+    rows: Sequence[Line],
     cases: Mapping[int, Sequence[EditCase]],
-    lm: LanguageModel,
     path: Path,
     records: dict[Key, Record],
     progress: Progress | None,
-    curves: bool = False,
-    batch: int = 1,
 ) -> None:
-    """Measure what has no record yet, and append it. cases: those of each seed; curves, batch: see `Plan`."""
-    before: dict[str, teacher_forced.Tokens] = {}  # what the unedited model says, once a case, for all rows
-    wanted = [key_of(row, case.id) for row, *_ in rows for case in cases[row.seed]]
-    total, done = len(wanted), sum(key in records for key in wanted)
-    for row, method, objective in rows:
-        size = batch if batches.edits_together(method) else 1
-        for first in range(0, len(cases[row.seed]), size):
-            group = cases[row.seed][first : first + size]
-            if all(key_of(row, case.id) in records for case in group):
-                continue
-            if size == 1:
-                lines = [_line(row, method, objective, lm, group[0], before, curves)]
-            else:
-                lines = batches.lines(row, method, objective, lm, group, before)
-            for case, line in zip(group, lines, strict=True):
-                if (key := key_of(row, case.id)) not in records:  # a batch that was cut off is made anew, so that the rest is the same
-                    records[key] = append(path, line)
-                    done += 1
-                    if progress:
-                        progress(done, total, row.name)
+    """Append each line that is new."""
+    total = sum(len(cases[row.seed]) for row, *_ in rows)
+    done = total - sum(task.missing for task in todo)
+    for task, line in made:
+        row = rows[task.row][0]
+        if (key := key_of(row, said_of(line))) in records:  # of a batch that was cut off
+            continue
+        records[key] = append(path, line)
+        if new := len(line["cases"]) if "cases" in line else "case" in line:  # a checkpoint is none
+            done += new
+            if progress:
+                progress(done, total, row.name)
 
 
-def _line(
-    row: Row,
-    method: Method,
-    objective: Objective,
-    lm: LanguageModel,
-    case: EditCase,
-    before: dict[str, teacher_forced.Tokens],
-    curves: bool = False,
-) -> Record:
-    """The line of one case, or of its failure: a fact that the method cannot edit, or a text that is too long for the model."""
-    record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
-    try:
-        if case.id not in before:
-            before |= teacher_forced.unedited(lm, [case])
-        return record | _measure(row, method, objective, lm, case, before, curves)
-    except (FactError, ModelError) as error:
-        return record | {"error": str(error)}
+def _one_by_one(todo: Iterable[Task], work: Work) -> Generator[tuple[Task, Record]]:
+    for task in todo:
+        with closing(work(task)) as lines:  # whatever becomes of them, the model is left as it was
+            for line in lines:
+                yield task, line
 
 
-def _measure(
-    row: Row,
-    method: Method,
-    objective: Objective,
-    lm: LanguageModel,
-    case: EditCase,
-    before: Mapping[str, teacher_forced.Tokens],
-    curves: bool,
-) -> Record:
-    """One case: edit the unedited model, measure, and leave it as it was. Raises FactError or ModelError where that cannot be done."""
-    seed = row.case_seed(case.id)
-    lens = Lens(lm, case) if curves else None
+def _work(plan: Plan, rows: Sequence[Line], lm: LanguageModel, out: Path, snapshot_every: int, wanted: Mapping[str, Measurement]) -> Work:
+    """What does a plan's tasks on a model. Raises PlanError if the model has edits applied and the plan edits in a row."""
+    if plan.sequence is not None:
+        return sequence.Sequential(plan, rows, lm, out, wanted, snapshot_every)
+    return continual.Continual(plan, rows, lm) if plan.block is not None else single.Single(plan, rows, lm)
 
-    def make() -> Edit:
-        session = method.start(lm, objective=objective, seed=seed)
-        if lens:
-            session.watch = lens
-        return session.complete(case.facts)
 
-    edit, seconds, memory = watched(lm.device, seed, make)
-    record: Record = {}
-    if lens:
-        seconds -= lens.seconds
-        record["curves"] = seen.to_dict() if (seen := lens.curves()) else None
-    clock = time.perf_counter()
-    with edit.applied_():
-        (outcome,) = outcomes(lm, [case], before, row.seed)
-    return record | {
-        **outcome,
-        "seconds": {"edit": round(seconds, 6), "measure": round(time.perf_counter() - clock, 6)},
-        "peak_memory_mb": round(memory, 1),
-        "settings": {"method": edit.method, "objective": edit.objective},
-        "diagnostics": short(edit.diagnostics),
-    }
+def _begin(plan: Plan, out: Path, snapshot_every: int, data_dir: str | Path | None, load: Callable[[], LanguageModel] | None) -> Work:
+    """The same in a process of its own."""
+    torch.set_num_threads(plan.threads or 1)
+    lm = _loaded(plan, load)
+    if lm.fingerprint != plan.model_fingerprint:
+        raise PlanError(f"{plan.model} is not the model that the run began with: its fingerprint is {lm.fingerprint}")
+    return _work(plan, _rows(plan), lm, out, snapshot_every, also.measurements(plan, data_dir))
+
+
+def _loaded(plan: Plan, load: Callable[[], LanguageModel] | None) -> LanguageModel:
+    return load() if load else load_model(plan.model, dtype=plan.dtype)
+
+
+def _rows(plan: Plan) -> list[Line]:
+    return [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
 
 
 @contextmanager

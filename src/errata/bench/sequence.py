@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -18,10 +17,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from errata.bench import also
 from errata.bench.also import About, Measurement
-from errata.bench.folder import RECORDS, STATE, Key, Record, append, key_of, write_whole
+from errata.bench.folder import STATE, Key, Record, key_of, write_whole
 from errata.bench.making import settle, short, watched
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.snapshot import Snapshot
+from errata.bench.tasks import Line, Task
 from errata.edits import Delta, Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError
 from errata.lm.capture import submodule
@@ -64,44 +64,48 @@ def mark_name(edits: int) -> str:
     return f"checkpoint {edits}"
 
 
-def fill(
+def tasks(
     plan: Plan,
-    rows: Sequence[tuple[Row, Method, Objective]],
+    rows: Sequence[Line],
     cases: Mapping[int, Sequence[EditCase]],
-    lm: LanguageModel,
-    out: Path,
-    records: dict[Key, Record],
-    snapshot_every: int,
-    progress: Callable[[int, int, str], None] | None,
-    wanted: Mapping[str, Measurement],
+    records: Mapping[Key, Record],
     elsewhere: Mapping[int, Sequence[str]],
-) -> None:
-    """Run every sequence that has no last line yet, and append its lines. cases: those of each seed, in their order.
+) -> Iterator[Task]:
+    """Every sequence of which a line is missing. cases: those of each seed, in the order of their edits; elsewhere: see `Task`."""
+    for place, (row, *_) in enumerate(rows):
+        whole = steps(cases[row.seed], plan.batch)
+        names = [*(step.name for step in whole), *map(mark_name, plan.marks)]
+        known = {name: records[key] for name in names if (key := key_of(row, name)) in records}
+        if len(known) < len(names):
+            missing = sum(len(step.cases) for step in whole if step.name not in known)
+            yield Task(place, tuple(cases[row.seed]), missing, known=known, elsewhere=tuple(elsewhere.get(row.seed, ())))
 
-    wanted, elsewhere: what is measured beside the cases, and the prompts about other subjects for it, of each seed.
 
-    snapshot_every: what is done again after a stop is at most so many edits. The model is the unedited one between rows, and afterwards.
-    Raises PlanError if it is not the unedited one before.
+class Sequential:
+    """Does sequences on one model, which is the unedited one between them and afterwards.
+
+    wanted: what is measured beside the cases. out: the run folder, for snapshots and for what the unedited model says.
+    snapshot_every: what is done again after a stop is at most so many edits. Raises PlanError if the model is not the unedited one before.
     """
-    if Stack.of(lm).active:
-        raise PlanError(f"{lm.name} has edits applied, and a sequence begins at the unedited model; revert them first")
-    sequences = [
-        _Sequence(plan, row, steps(cases[row.seed], plan.batch), lm, out, records, wanted, elsewhere.get(row.seed, ())) for row, *_ in rows
-    ]
-    total = sum(len(cases[row.seed]) for row, *_ in rows)
-    done = sum(len(step.cases) for sequence in sequences for step in sequence.steps if sequence.has(step.name))
-    said: list[str] | None = None
-    for sequence, (row, method, objective) in zip(sequences, rows, strict=True):
-        if sequence.complete:
-            continue
-        before = _unedited(lm, cases[row.seed], out / STATE / f"unedited-{row.seed}.json")
-        sequence.aside = also.unedited(wanted, lm, About(cases[row.seed], sequence.elsewhere), row.seed, out / STATE)
-        if said is None:
-            said = lm.generate(plan.transcripts, TRANSCRIPT_TOKENS, stop_at_newline=False)
-        for made in sequence.run(method, objective, before, said, snapshot_every):
-            done += made
-            if progress:
-                progress(done, total, row.name)
+
+    def __init__(
+        self, plan: Plan, rows: Sequence[Line], lm: LanguageModel, out: Path, wanted: Mapping[str, Measurement], snapshot_every: int
+    ) -> None:
+        if Stack.of(lm).active:
+            raise PlanError(f"{lm.name} has edits applied, and a sequence begins at the unedited model; revert them first")
+        self.plan, self.rows, self.lm = plan, rows, lm
+        self.out, self.wanted, self.snapshot_every = out, wanted, snapshot_every
+        self.said: list[str] | None = None
+
+    def __call__(self, task: Task) -> Generator[Record]:
+        row, method, objective = self.rows[task.row]
+        sequence = _Sequence(self.plan, row, task, self.lm, self.out, self.wanted)
+        sequence.before = _unedited(self.lm, task.cases, self.out / STATE / f"unedited-{row.seed}.json")
+        sequence.aside = also.unedited(self.wanted, self.lm, About(task.cases, task.elsewhere), row.seed, self.out / STATE)
+        if self.said is None:
+            self.said = self.lm.generate(self.plan.transcripts, TRANSCRIPT_TOKENS, stop_at_newline=False)
+        sequence.said = self.said
+        yield from sequence.run(method, objective, self.snapshot_every)
 
 
 def _unedited(lm: LanguageModel, cases: Sequence[EditCase], path: Path) -> dict[str, Any]:
@@ -113,43 +117,27 @@ def _unedited(lm: LanguageModel, cases: Sequence[EditCase], path: Path) -> dict[
     return read
 
 
-@dataclass
 class _Sequence:
-    """One row of a plan: a method under a seed, from the unedited model to the last checkpoint."""
+    """One row of a plan: a method under a seed, from the unedited model to the last checkpoint.
 
-    plan: Plan
-    row: Row
-    steps: list[Step]
-    lm: LanguageModel
-    out: Path
-    records: dict[Key, Record]
-    wanted: Mapping[str, Measurement]
-    elsewhere: Sequence[str]
-    aside: Mapping[str, Any] = field(default_factory=dict)
-    before: Mapping[str, Any] = field(default_factory=dict)
-    said: Sequence[str] = ()
+    known: the lines that are there, by step. before, aside, said: of the unedited model, what it says about the cases, what is measured
+    beside them, and how it goes on after the plan's prompts.
+    """
 
-    @property
-    def complete(self) -> bool:
-        """Whether every line is there."""
-        return all(self.has(step.name) for step in self.steps) and all(self.has(mark_name(mark)) for mark in self.plan.marks)
+    before: Mapping[str, Any]
+    aside: Mapping[str, Any]
+    said: Sequence[str]
 
-    @property
-    def state(self) -> Path:
-        """Where its snapshot lies."""
-        return self.out / STATE / f"{quote(self.row.name, safe='@+=')}.{self.row.seed}.pt"
+    def __init__(self, plan: Plan, row: Row, task: Task, lm: LanguageModel, out: Path, wanted: Mapping[str, Measurement]) -> None:
+        self.plan, self.row, self.lm, self.wanted = plan, row, lm, wanted
+        self.steps, self.known, self.elsewhere = steps(task.cases, plan.batch), dict(task.known), task.elsewhere
+        self.state = out / STATE / f"{quote(row.name, safe='@+=')}.{row.seed}.pt"  # where its snapshot lies
 
-    def has(self, what: str) -> bool:
-        return key_of(self.row, what) in self.records
-
-    def run(
-        self, method: Method, objective: Objective, before: Mapping[str, Any], said: Sequence[str], snapshot_every: int
-    ) -> Iterator[int]:
-        """Go on from the last snapshot; yields the number of cases of each step that had no line before.
+    def run(self, method: Method, objective: Objective, snapshot_every: int) -> Iterator[Record]:
+        """Go on from the last snapshot; yields the lines that are not there yet.
 
         Steps that have one are done again where the snapshot is older: with the same seeds, so with the same result.
         """
-        self.before, self.said = before, said
         try:
             with torch.random.fork_rng([self.lm.device] if self.lm.device.type == "cuda" else []):
                 torch.manual_seed(self.row.seed)
@@ -160,16 +148,22 @@ class _Sequence:
                 if step.edits < begun:
                     continue
                 if step.edits > begun:
-                    yield self._step(session, trace, step)
+                    line = self._step(session, trace, step)
+                    if step.name not in self.known:
+                        yield self._new(line)
                 marked = step.edits in self.plan.marks
                 if step.edits > begun and (marked or step.edits - kept >= snapshot_every):
                     Snapshot.take(self.lm, step.edits, session.state_dict(), trace.state_dict()).save(self.state)
                     kept = step.edits
-                if marked and not self.has(mark_name(step.edits)):
-                    self._checkpoint(session, trace, step.edits)
+                if marked and mark_name(step.edits) not in self.known:
+                    yield self._new(self._checkpoint(session, trace, step.edits))
         finally:
             Stack.of(self.lm).clear()
         self.state.unlink(missing_ok=True)
+
+    def _new(self, line: Record) -> Record:
+        self.known[line["step"]] = line
+        return line
 
     def _restore(self, session: Session, trace: noise.Trace) -> int:
         """The number of edits from which to go on. A snapshot beyond a line that is missing would leave it missing: begin again."""
@@ -178,7 +172,7 @@ class _Sequence:
             return 0
         there = [step.name for step in self.steps if step.edits <= kept.edits]
         there += [mark_name(mark) for mark in self.plan.marks if mark < kept.edits]
-        if not all(map(self.has, there)):
+        if not all(name in self.known for name in there):
             return 0
         try:
             session.load_state_dict(kept.session)
@@ -188,8 +182,8 @@ class _Sequence:
         kept.restore(self.lm)
         return kept.edits
 
-    def _step(self, session: Session, trace: noise.Trace, step: Step) -> int:
-        """Edit, apply, and write the line where there is none; the number of cases that are new."""
+    def _step(self, session: Session, trace: noise.Trace, step: Step) -> Record:
+        """Edit, apply, and measure where there is no line yet."""
         seed = self.row.case_seed("\n".join(case.id for case in step.cases))
         line = self._line(step.name) | {"cases": [case.id for case in step.cases]}
         try:
@@ -203,12 +197,9 @@ class _Sequence:
             line |= {"error": str(error), "failure": NOT_FINITE}
         except (EditError, LinAlgError) as error:
             line |= {"error": str(error), "failure": SOLVER}
-        if self.has(step.name):
-            return 0
-        if self.plan.measure != "after-sequence" and line.get("failure") != FACT:
+        if step.name not in self.known and self.plan.measure != "after-sequence" and line.get("failure") != FACT:
             line["outcomes"] = self._outcomes(step.cases)
-        self._write(line)
-        return len(step.cases)
+        return line
 
     def _apply(self, trace: noise.Trace, edit: Edit, facts: list[Fact]) -> Record:
         """Raises FloatingPointError if that leaves weights that are not finite; then nothing is applied."""
@@ -221,7 +212,7 @@ class _Sequence:
         trace.add(edit, keys)
         return {"seconds": {"apply": round(seconds, 6)}}
 
-    def _checkpoint(self, session: Session, trace: noise.Trace, edits: int) -> None:
+    def _checkpoint(self, session: Session, trace: noise.Trace, edits: int) -> Record:
         """Measure every case so far, with what the method does at the end; the last checkpoint also says how the weights ended."""
         last = edits == self.plan.marks[-1]
         line = self._line(mark_name(edits)) | {"edits": edits}
@@ -249,15 +240,15 @@ class _Sequence:
                     for prompt, old, new in zip(self.plan.transcripts, self.said, after, strict=True)
                 ]
         line["seconds"] = {"finish": round(finished - clock, 6), "measure": round(time.perf_counter() - finished, 6)}
-        self._write(line)
+        return line
 
     def _with(self, extra: list[Delta]) -> AbstractContextManager[object]:
         return Edit(self.lm, extra, [], {"name": "finish"}).applied_() if extra else nullcontext()
 
     def _usable(self, edits: int) -> list[EditCase]:
         """The cases so far, without those whose facts cannot be edited by this method. A case whose edit broke down is asked about too."""
-        lines = [(step, self.records[key_of(self.row, step.name)]) for step in self.steps if step.edits <= edits]
-        return [case for step, line in lines if line.get("failure") != FACT for case in step.cases]
+        done = [step for step in self.steps if step.edits <= edits]
+        return [case for step in done if self.known[step.name].get("failure") != FACT for case in step.cases]
 
     def _outcomes(self, cases: Sequence[EditCase], written: bool = False) -> dict[str, Record]:
         """Case id -> what the model as it is scores there; `written`: with what it writes behind the edit prompts (EVALUATION §3): the
@@ -286,9 +277,6 @@ class _Sequence:
 
     def _line(self, step: str) -> Record:
         return {"method": self.row.method, "objective": self.row.objective, "seed": self.row.seed, "step": step}
-
-    def _write(self, line: Record) -> None:
-        self.records[key_of(self.row, line["step"])] = append(self.out / RECORDS, line)
 
 
 def _digits(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -215,6 +216,10 @@ def bench(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Processes that share the work, each with a model of its own and its share of the threads."),
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Methods × objectives over a data set: one edit at a time, or many in a row. May be stopped at any moment and resumed."""
@@ -251,7 +256,8 @@ def bench(
     from errata.bench.run import run
 
     with show.progress("bench") as told:
-        result = run(wanted, out, resume=resume, data_dir=data_dir, load=lambda: _load(wanted.model, device, wanted.dtype), progress=told)
+        load = partial(_load, wanted.model, device, wanted.dtype)
+        result = run(wanted, out, resume=resume, data_dir=data_dir, load=load, progress=told, workers=workers)
     if as_json:
         show.json_out(result)
     else:

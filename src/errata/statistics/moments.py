@@ -10,11 +10,13 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from errata.lm.model import LanguageModel
@@ -273,6 +275,23 @@ def part_of(path: Path) -> Path:
 def _from_files(lm: LanguageModel, layers: list[int], corpus: Corpus, target: int, progress: Progress | None) -> Moments:
     folder = _cache_folder() / lm.fingerprint[:32]
     key = hashlib.sha256(f"{FORMAT} {LONGEST} {corpus.digest} {target}".encode()).hexdigest()[:16]
+    if (found := _filed(lm, layers, folder, key)) is not None:
+        return found
+    path = folder / f"{key}-{'.'.join(map(str, layers))}{SUFFIX}"
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(f"{path}.lock"))  # processes that need them at once collect them once
+            if (found := _filed(lm, layers, folder, key)) is not None:
+                return found
+            path.unlink(missing_ok=True)  # it was no good
+            _drop_if_damaged(part_of(path))
+        except (OSError, NotImplementedError):  # a home that cannot be written, or locked: collect all the same, for this process
+            return collect(lm, corpus, layers, target, progress=progress)
+        return collect(lm, corpus, layers, target, progress=progress, path=path, resume=True)
+
+
+def _filed(lm: LanguageModel, layers: list[int], folder: Path, key: str) -> Moments | None:
     for path in sorted(folder.glob(f"{key}-*{SUFFIX}")):
         try:
             if set(layers) <= set(files.read_record(path).get("layers", ())):
@@ -282,14 +301,7 @@ def _from_files(lm: LanguageModel, layers: list[int], corpus: Corpus, target: in
                     return found
         except (StatisticsError, TypeError):
             continue
-    path = folder / f"{key}-{'.'.join(map(str, layers))}{SUFFIX}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it was no good
-        _drop_if_damaged(part_of(path))
-    except OSError:  # a home that cannot be written: collect all the same, for this process
-        return collect(lm, corpus, layers, target, progress=progress)
-    return collect(lm, corpus, layers, target, progress=progress, path=path, resume=True)
+    return None
 
 
 def _cache_folder() -> Path:
