@@ -41,8 +41,8 @@ DATA    ?= $(ERRATA_DATA)
 RUNS    := .report$(if $(DATA),-ability)
 ABILITY := $(if $(DATA),--also perplexity$(comma)ability$(comma)drift$(comma)fluency$(comma)extended --data-dir $(DATA) --set ability.limit=40)
 report: install
-	@set -e; for recipe in locft sequence; do \
-	  OMP_NUM_THREADS=1 $(BIN)/errata bench recipes/report/$$recipe.yaml --out $(RUNS)/$$recipe --resume $(ABILITY); \
+	@set -e; cores=$$(getconf _NPROCESSORS_ONLN); for recipe in locft sequence; do \
+	  OMP_NUM_THREADS=1 $(BIN)/errata bench recipes/report/$$recipe.yaml --workers $$cores --out $(RUNS)/$$recipe --resume $(ABILITY); \
 	done
 	$(BIN)/errata report $(RUNS)/sequence $(RUNS)/locft --to report.html
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -267,6 +270,27 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "file"))
     assert moments_for(lm, [0], corpus, tokens=100).count == 100
+
+
+def test_processes_that_need_them_at_once_collect_them_once(
+    lm: LanguageModel, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes while another collects waits, and reads. Two threads with models of their own stand for processes: locks on files
+    keep both apart."""
+    collected, begun = [], Event()
+
+    def slowly(*args: Any, **options: Any) -> Moments:
+        collected.append(begun.set())
+        time.sleep(0.3)
+        return collect(*args, **options)
+
+    monkeypatch.setattr("errata.statistics.moments.collect", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(moments_for, lm, [0], corpus, tokens=100)
+        assert begun.wait(10)
+        second = pool.submit(moments_for, language_model("llama"), [0], corpus, tokens=100)
+        assert equal(first.result(), second.result())
+    assert len(collected) == 1 and len(list(cache.rglob("*.safetensors"))) == 1
 
 
 def test_collected_files_are_a_corpus_for_editors(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
