@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from errata import methods
 from errata.bench import batches
@@ -95,3 +97,12 @@ def test_who_edits_together() -> None:
     """DeltaEdit and PRUNE are made one by one, and measured side by side as the others."""
     located = {"rome", "memit", "memit+history", "prune", "rect", "alphaedit", "deltaedit"}
     assert {name for name in methods.NAMES if batches.edits_together(methods.get(name))} == {"ft-l", "ft-m", "lora", "melo", *located}
+
+
+@given(edits=st.integers(1, 500), most=st.integers(1, 64), workers=st.integers(1, 16))
+def test_batches_leave_no_worker_idle(edits: int, most: int, workers: int) -> None:
+    size = batches.even(edits, most, workers)
+    number = -(-edits // size)
+    assert 1 <= size <= most
+    assert number <= workers * -(-edits // (most * workers)), "in no more rounds than the largest batches would take"
+    assert number >= min(workers, edits) // 2 + 1 or number == edits

@@ -6,6 +6,7 @@ the middle of a batch makes it once more and keeps the lines that it has.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,12 @@ def fitting(lm: LanguageModel, workers: int = 1) -> int:
     d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
     one = 6 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
     return max(1, min(MOST, free // 2 // one // workers))
+
+
+def even(edits: int, most: int, workers: int = 1) -> int:
+    """The size of batches that leave no worker idle: as few as `most` allows, of about one size, and as many for each worker."""
+    rounds = max(1, math.ceil(edits / (most * workers)))
+    return max(1, math.ceil(edits / (rounds * workers)))
 
 
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:

@@ -95,9 +95,10 @@ def run(
         raise PlanError(f"{plan.data} has two cases with the id {next(i for i in ids if ids.count(i) > 1)!r}; records are found by it")
     lm = _loaded(plan, load)
     with _threads(plan.threads or max(1, torch.get_num_threads() // workers)) as threads:
-        plan = replace(plan, batch=plan.batch or batches.fitting(lm, workers))
-        plan = replace(plan, threads=threads, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
+        size = plan.batch or batches.even(max(map(len, drawn.values())), batches.fitting(lm, workers), workers)
+        plan = replace(plan, batch=size, threads=threads)
+        plan = replace(plan, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         for _, method, objective in rows:
             method.start(lm, objective=objective)  # what cannot edit this model says so before anything is written
         work = _work(plan, rows, lm, out, snapshot_every, wanted)

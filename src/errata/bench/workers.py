@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -72,13 +72,12 @@ class Workers:
         while busy:
             ready = set(wait(list(busy)))
             for connection in [one for one in busy if one in ready]:
-                try:
+                with self._alive(connection):
                     said, what = connection.recv()
-                except (EOFError, ConnectionError) as error:
-                    raise WorkerError(self._obituary(connection)) from error
                 if said == "line":
                     yield busy[connection], what
-                    connection.send("go on")
+                    with self._alive(connection):
+                        connection.send("go on")
                 elif said == "done":
                     del busy[connection]
                     self._next(connection, left, busy)
@@ -93,20 +92,23 @@ class Workers:
         place = min(range(len(left)), key=lambda i: (not left[i].about <= mine, not left[i].about.isdisjoint(others - mine)))
         task = busy[connection] = left.pop(place)
         mine |= task.about
-        try:
+        with self._alive(connection):
             connection.send(task)
-        except (BrokenPipeError, ConnectionError) as error:
-            raise WorkerError(self._obituary(connection)) from error
 
-    def _obituary(self, connection: Connection) -> str:
-        process = self._processes[connection]
-        process.join()
-        code = process.exitcode or 0
-        end = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return (
-            f"{process.name} {end}, perhaps for want of memory; the lines so far are kept: go on with resume (--resume) and fewer workers. "
-            'A script that calls errata with workers does so under `if __name__ == "__main__":`'
-        )
+    @contextmanager
+    def _alive(self, connection: Connection) -> Iterator[None]:
+        """Raises WorkerError where the process at the other end is gone."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            process = self._processes[connection]
+            process.join()
+            code = process.exitcode or 0
+            end = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise WorkerError(
+                f"{process.name} {end}, perhaps for want of memory; the lines so far are kept: go on with resume (--resume) and fewer "
+                'workers. A script that calls errata with workers does so under `if __name__ == "__main__":`'
+            ) from error
 
 
 def _serve(connection: Connection, begin: Callable[[], Work]) -> None:
