@@ -99,10 +99,9 @@ def test_who_edits_together() -> None:
     assert {name for name in methods.NAMES if batches.edits_together(methods.get(name))} == {"ft-l", "ft-m", "lora", "melo", *located}
 
 
-@given(edits=st.integers(1, 500), most=st.integers(1, 64), workers=st.integers(1, 16))
-def test_batches_leave_no_worker_idle(edits: int, most: int, workers: int) -> None:
-    size = batches.even(edits, most, workers)
+@given(edits=st.integers(1, 500), most=st.integers(1, 64))
+def test_batches_are_of_about_one_size(edits: int, most: int) -> None:
+    size = batches.even(edits, most)
     number = -(-edits // size)
-    assert 1 <= size <= most
-    assert number <= workers * -(-edits // (most * workers)), "in no more rounds than the largest batches would take"
-    assert number >= min(workers, edits) // 2 + 1 or number == edits
+    assert 1 <= size <= most and number == -(-edits // most), "in no more than the largest batches would take"
+    assert edits - (number - 1) * size > size - number, "and the last is shorter by less than one for each of them"

@@ -144,11 +144,11 @@ def test_batches_hold_what_they_may(lm: LanguageModel, rows: int, monkeypatch: p
     assert rows != 32 or max(size for size, _ in seen) > 3  # they are used, too
 
 
-def test_another_batch_begins_before_padding_outweighs_it() -> None:
+def test_another_batch_begins_before_padding_outweighs_it(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Encoded(tuple(range(n)), n - 1) for n in (5, 40, 5, 41, 5, 44, 6, 5)]
-    lengths = [[len(texts[i].ids) for i in chosen] for chosen in teacher_forced.batches(texts, padding=8)]
-    assert lengths == [[5, 5, 5, 5, 6], [40, 41, 44]]
-    assert [len(chosen) for chosen in teacher_forced.batches(texts, padding=3)] == [4, 1, 2, 1]
+    for padding, wanted in ((8, [[5, 5, 5, 5, 6], [40, 41, 44]]), (3, [[5, 5, 5, 5], [6], [40, 41], [44]])):
+        monkeypatch.setattr(teacher_forced, "CPU_PADDING", padding)
+        assert [[len(texts[i].ids) for i in chosen] for chosen in teacher_forced.batches(lm, texts)] == wanted
 
 
 def test_outputs_of_another_model_or_case_are_refused(lm: LanguageModel) -> None:

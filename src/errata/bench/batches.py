@@ -48,7 +48,7 @@ def edits_together(method: object) -> bool:
 
 
 def fitting(lm: LanguageModel, workers: int = 1) -> int:
-    """How many edits fit into half of the memory that is free now, 1 to MOST, where so many workers share it.
+    """How many edits fit into half of the memory that is free now, 1 to MOST, where so many workers with a model each share it.
 
     An edit is taken for a dense change of one MLP down-projection, six times in float32 (itself, its gradient, two moments, its end, one
     more on the way), and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
@@ -57,13 +57,13 @@ def fitting(lm: LanguageModel, workers: int = 1) -> int:
     free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
     d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
     one = 6 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
-    return max(1, min(MOST, free // 2 // one // workers))
+    others: int = (workers - 1) * sum(parameter.nbytes for parameter in lm.model.parameters())
+    return max(1, min(MOST, (free - others) // 2 // one // workers))
 
 
-def even(edits: int, most: int, workers: int = 1) -> int:
-    """The size of batches that leave no worker idle: as few as `most` allows, of about one size, and as many for each worker."""
-    rounds = max(1, math.ceil(edits / (most * workers)))
-    return max(1, math.ceil(edits / (rounds * workers)))
+def even(edits: int, most: int) -> int:
+    """The size of batches of about one size, as few as `most` allows."""
+    return max(1, math.ceil(edits / max(1, math.ceil(edits / most))))
 
 
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:

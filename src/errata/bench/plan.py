@@ -94,7 +94,8 @@ class Plan:
     measure: "after-sequence": at a checkpoint, every case so far, or after a block of T all of its cases; "after-each": every case right
         after its own edit; or "both".
     batch: so many cases of a sequence are edited together, as one edit. Of single edits: so many are made and measured side by side, each
-        as if it were alone, where the method can (see `errata.bench.batches`). 0: of single edits what memory takes, otherwise one.
+        as if it were alone, where the method can (see `errata.bench.batches`). 0: of single edits what memory takes,
+        in batches of about one size; otherwise one.
     curves: single edits are looked at after every step of their training (see `errata.metrics.overfitting`).
     transcripts: prompts whose continuation by the unedited model and by each row's last model is kept.
     also: what is measured of a sequence beside its cases, at the checkpoints and of the unedited model: of ALSO.

@@ -4,6 +4,7 @@ What a task does is in `errata.bench.single`, `errata.bench.continual` and `erra
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -35,7 +36,7 @@ from errata.bench.outcomes import outcomes
 from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
 from errata.bench.tasks import Line, Task, Work
-from errata.bench.workers import Workers
+from errata.bench.workers import Workers, sendable
 from errata.lm import load as load_model
 from errata.metrics import summarise as means
 from errata.metrics import teacher_forced
@@ -69,7 +70,8 @@ def run(
     resume: go on with what the folder holds; cases that have a line are not measured again. Without a run in the folder, begin.
     load, cases: the model and the cases where they are not what `plan.model` and `plan.data` name.
     snapshot_every: after so many edits of a sequence its state is written; what came after is done again when the run goes on.
-    workers: processes that share the work, each with a model of its own and, where the plan says no number, an even share of the threads.
+    workers: processes that share the work, each with a model of its own and, where neither the plan nor the run that goes on says a
+        number, an even share of the threads.
         Each takes single edits (as many as are made side by side), a block or a whole sequence at a time, and then the next.
 
     What a case yields depends on plan, case and seed (in a sequence also on the edits before it), not on when it ran; so however often
@@ -77,13 +79,15 @@ def run(
 
     Raises PlanError if the request is wrong (see `claim`), WorkerError where a worker was killed, DataError and ModelError from the
     loaders. A case whose fact the method cannot edit (FactError), or with a text that is too long for the model, becomes a line with the
-    field `error`, is counted as `failed`, and is in no mean.
+    field `error`, is counted as `failed`, and is in no mean; in a sequence a text that is too long ends the run.
     """
     out = Path(out)
     plan = plan.resolved()
     plan = claim(plan if plan.split or plan.data != "atlas" else replace(plan, split="test"), out, resume)
     if workers < 1:
         raise PlanError(f"workers must be at least 1 (got {workers})")
+    if workers > 1:
+        sendable(partial(_begin, plan, out, snapshot_every, data_dir, load))
     rows = _rows(plan)
     wanted = also.measurements(plan, data_dir)
     source = None
@@ -96,7 +100,7 @@ def run(
     lm = _loaded(plan, load)
     with _threads(plan.threads or max(1, torch.get_num_threads() // workers)) as threads:
         drawn = {seed: plan.draw(cases, seed) for seed in plan.seeds}
-        size = plan.batch or batches.even(max(map(len, drawn.values())), batches.fitting(lm, workers), workers)
+        size = plan.batch or batches.even(max(map(len, drawn.values())), batches.fitting(lm, workers))
         plan = replace(plan, batch=size, threads=threads)
         plan = replace(plan, data_hash=hash_cases(cases), model_fingerprint=lm.fingerprint, versions=versions())
         for _, method, objective in rows:
@@ -111,7 +115,11 @@ def run(
             todo = list((continual if plan.block is not None else single).tasks(plan, rows, drawn, records))
         where = environment(plan, str(lm.device), str(lm.dtype).removeprefix("torch."))
         if workers > 1 and len(todo) > 1:
+            device = lm.device.type
             del lm, work  # each has its own
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
             begin = partial(_begin, plan, out, snapshot_every, data_dir, load)
             with Workers(min(workers, len(todo)), begin) as team:
                 _write(team.done(todo), todo, rows, drawn, out / RECORDS, records, progress)

@@ -28,11 +28,6 @@ class Task(NamedTuple):
     known: Mapping[str, Record] = {}
     elsewhere: tuple[str, ...] = ()
 
-    @property
-    def about(self) -> frozenset[str]:
-        """The cases; whoever had these before need not ask the unedited model about them again."""
-        return frozenset(case.id for case in self.cases)
-
 
 Line = tuple["Row", "Method", "Objective"]
 """A row of the plan and what it is made with."""

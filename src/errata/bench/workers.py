@@ -7,11 +7,15 @@ which process does it, nor when.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -20,80 +24,84 @@ from errata.bench.folder import Record
 from errata.bench.plan import PlanError
 from errata.bench.tasks import Task, Work
 
+PATIENCE = 10.0
+"""Seconds that an idle process has to end."""
+
 
 class WorkerError(RuntimeError):
     """A process of the run ended before its task."""
 
 
-class Workers:
-    """`count` processes that begin with `begin` and then do tasks. A context manager: behind it none of them is left.
+def sendable(begin: Callable[[], Work]) -> None:
+    """Raises PlanError where `begin` cannot go to another process: what can be pickled is a function of a module, or a partial of one."""
+    try:
+        pickle.dumps(begin)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise PlanError(
+            f"each worker loads the model for itself, and what loads it cannot be sent there ({error}); name the model in the plan, or "
+            "give `load` as a function of a module"
+        ) from error
 
-    begin: what sets a process up; it goes there by pickle, so it is a function of a module, or a partial of one.
-    Raises PlanError where it cannot be sent.
-    """
+
+class Workers:
+    """`count` processes that begin with `begin` (see `sendable`) and then do tasks. A context manager: behind it none of them is left."""
 
     def __init__(self, count: int, begin: Callable[[], Work]) -> None:
-        try:
-            pickle.dumps(begin)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise PlanError(
-                f"each worker loads the model for itself, and what loads it cannot be sent there ({error}); name the model in the plan, or "
-                "give `load` as a function of a module"
-            ) from error
         context = get_context("spawn")  # a fork of a process whose torch has run threads may hang
         self._processes: dict[Connection, BaseProcess] = {}
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, begin), name=f"errata worker {number + 1}", daemon=True)
-            process.start()
-            theirs.close()  # or its end would not be noticed
-            self._processes[ours] = process
-        self._had: dict[Connection, set[str]] = {connection: set() for connection in self._processes}
+        self._begun: set[Connection] = set()
+        with _without_interrupts():
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, begin), name=f"worker {number + 1}", daemon=True)
+                process.start()
+                theirs.close()  # or its end would not be noticed
+                self._processes[ours] = process
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         for connection, process in self._processes.items():
-            process.terminate()
+            connection.close()  # an idle one ends by itself
+            if failed:
+                process.terminate()
+        for process in self._processes.values():
+            process.join(PATIENCE)
+            process.kill()
             process.join()
-            connection.close()
 
     def done(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Record]]:
         """Every line of every task, as they come. A process goes on to its next line when the one before has been taken in.
 
-        A task goes to a process that had its cases before, else to the first that is free. Raises what a task raises, and WorkerError
-        where a process is gone.
+        Raises what a task raises, and WorkerError where a process is gone.
         """
-        left = list(tasks)
+        shared = _Shared(tasks)
         busy: dict[Connection, Task] = {}
+
+        def give(connection: Connection) -> None:
+            if (task := shared.next(connection)) is not None:
+                with self._alive(connection):
+                    connection.send(task)
+                busy[connection] = task
+
         for connection in self._processes:
-            self._next(connection, left, busy)
+            give(connection)
         while busy:
             ready = set(wait(list(busy)))
             for connection in [one for one in busy if one in ready]:
                 with self._alive(connection):
                     said, what = connection.recv()
+                self._begun.add(connection)
                 if said == "line":
                     yield busy[connection], what
                     with self._alive(connection):
                         connection.send("go on")
                 elif said == "done":
                     del busy[connection]
-                    self._next(connection, left, busy)
-                else:
+                    give(connection)
+                elif said == "error":
                     raise what
-
-    def _next(self, connection: Connection, left: list[Task], busy: dict[Connection, Task]) -> None:
-        if not left:
-            return
-        others = set().union(*(had for other, had in self._had.items() if other is not connection))
-        mine = self._had[connection]
-        place = min(range(len(left)), key=lambda i: (not left[i].about <= mine, not left[i].about.isdisjoint(others - mine)))
-        task = busy[connection] = left.pop(place)
-        mine |= task.about
-        with self._alive(connection):
-            connection.send(task)
 
     @contextmanager
     def _alive(self, connection: Connection) -> Iterator[None]:
@@ -105,16 +113,61 @@ class Workers:
             process.join()
             code = process.exitcode or 0
             end = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise WorkerError(
-                f"{process.name} {end}, perhaps for want of memory; the lines so far are kept: go on with resume (--resume) and fewer "
-                'workers. A script that calls errata with workers does so under `if __name__ == "__main__":`'
-            ) from error
+            if connection not in self._begun:
+                raise WorkerError(
+                    f"{process.name} {end} before it began; what it wrote on stderr says why. Workers import the script that starts them: "
+                    'it must be a file, and call errata under `if __name__ == "__main__":`'
+                ) from error
+            why = ", which is what happens where memory is short" if -code == signal.SIGKILL else ""
+            raise WorkerError(f"{process.name} {end}{why}; the lines so far are kept: go on with resume (--resume)") from error
+
+
+class _Shared:
+    """Tasks that are left. One about cases that a process had before goes to that process, which need not ask the unedited model again;
+    a process that has none takes new cases, and at last what is left to another."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._new: dict[str, deque[Task]] = {}  # by their first case, in order
+        self._taken: dict[Connection, deque[deque[Task]]] = {}
+        for task in tasks:
+            self._new.setdefault(task.cases[0].id, deque()).append(task)
+
+    def next(self, who: Connection) -> Task | None:
+        """None where nothing is left."""
+        own = self._taken.setdefault(who, deque())
+        if not own:
+            if self._new:
+                own.append(self._new.pop(next(iter(self._new))))
+            else:
+                others = [groups for groups in self._taken.values() if groups]
+                if not others:
+                    return None
+                own = max(others, key=len)
+        task = own[0].popleft()
+        if not own[0]:
+            own.popleft()
+        return task
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start meanwhile never see Ctrl-C, which a terminal sends to all: the one that was asked for ends the others."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection, begin: Callable[[], Work]) -> None:
     """What a process does: tasks, until nobody is there to give them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the one that asked ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where they cannot be blocked
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
+        connection.send(("begun", None))
         try:
             work = begin()
             while True:
@@ -128,10 +181,20 @@ def _serve(connection: Connection, begin: Callable[[], Work]) -> None:
             connection.send(("error", _portable(error)))
 
 
+def _end_with_parent() -> None:
+    """However the parent ended, and whatever this process is at."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _portable(error: Exception) -> Exception:
-    """As it is, where it survives the way to another process."""
+    """As it is, where it survives the way to another process; with its traceback as a note."""
     try:
         copy: Any = pickle.loads(pickle.dumps(error))
     except Exception:
         copy = None
-    return error if type(copy) is type(error) and str(copy) == str(error) else WorkerError(f"{type(error).__name__}: {error}")
+    sent = error if type(copy) is type(error) and str(copy) == str(error) else WorkerError(f"{type(error).__name__}: {error}")
+    sent.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
+    return sent

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -313,7 +314,8 @@ def _load(model: str, device: str | None, dtype: str | None) -> LanguageModel:
     from errata.lm import load
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # a line of ours says enough
-    show.note(f"loading {model}")
+    if parent_process() is None:  # it is said once, not by each worker
+        show.note(f"loading {model}")
     return load(model, dtype=dtype, device=device)
 
 

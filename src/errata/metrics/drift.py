@@ -53,7 +53,7 @@ def states(lm: LanguageModel, prompts: Sequence[str], layer: int | None = None, 
         raise ModelError(f"{lm.name} has layers 0 to {len(lm.anatomy.layers) - 1}, not {layer}; choose one of these")
     encoded = [encode(lm.tokenizer, prompt) for prompt in prompts]
     rows: dict[int, Tensor] = {}
-    for chosen in batches(encoded, batch_size):
+    for chosen in batches(lm, encoded, batch_size):
         batch = lm.batch([encoded[i] for i in chosen])
         with capture(lm.model, {"state": lm.anatomy.layers[layer]}) as seen:
             run_to(lm, batch, layer)

@@ -37,7 +37,7 @@ class Live(HFLM):  # type: ignore[misc]  # lm-eval has no types
             before = context[len(context) - min(len(context), room) :]
             texts.append(Encoded(tuple(before + continuation), len(before)))
         found: dict[int, tuple[float, bool]] = {}
-        for chosen in batches(texts):
+        for chosen in batches(self.lm, texts):
             batch = self.lm.batch([texts[i] for i in chosen])
             logits = self.lm.target_logits(batch).float()
             targets, mask = batch.targets.to(logits.device), batch.mask.to(logits.device)

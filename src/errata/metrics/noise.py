@@ -242,7 +242,7 @@ def keys_of(lm: LanguageModel, facts: Sequence[Fact], paths: Sequence[str], batc
     encoded = [encode(lm.tokenizer, fact.text, subject_span=_span(fact)) for fact in facts]
     places = [e.prompt_length - 1 if e.subject_last is None else e.subject_last for e in encoded]
     rows: dict[str, dict[int, Tensor]] = {path: {} for path in paths}
-    for chosen in batches(encoded, batch_size):
+    for chosen in batches(lm, encoded, batch_size):
         batch = lm.batch([encoded[i] for i in chosen])
         with capture(lm.model, {path: path for path in paths}, inputs=True) as entering:
             lm.model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)  # the head is not asked

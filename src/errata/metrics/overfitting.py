@@ -105,7 +105,7 @@ class Lens:
         self._strips = [i for i, (kind, *_) in enumerate(self._probes) if kind in strips]
         try:
             self._encoded = [encode(lm.tokenizer, probe.prompt, probe.answers[0]) for *_, probe in self._probes]
-            self._batches = [(chosen, lm.batch([self._encoded[i] for i in chosen])) for chosen in batches(self._encoded, batch_size)]
+            self._batches = [(chosen, lm.batch([self._encoded[i] for i in chosen])) for chosen in batches(lm, self._encoded, batch_size)]
         except (ValueError, ModelError) as error:
             raise FactError(f"case {case.id!r} cannot be looked at: {error}") from error
         self._own = self._written(batch_size)

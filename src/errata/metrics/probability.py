@@ -120,7 +120,7 @@ def greedy(lm: LanguageModel, drafts: Mapping[Ids, Ids], batch_size: int) -> dic
     said: dict[Ids, Ids] = dict.fromkeys(drafts, ())
     while open_ := [prompt for prompt, draft in drafts.items() if len(said[prompt]) < len(draft)]:
         texts = [Encoded(prompt + said[prompt] + drafts[prompt][len(said[prompt]) :], len(prompt + said[prompt])) for prompt in open_]
-        for chosen in batches(texts, batch_size):
+        for chosen in batches(lm, texts, batch_size):
             rows = lm.target_logits(lm.batch([texts[i] for i in chosen]).without_last()).argmax(-1).tolist()  # [B, Tm]
             for i, row in zip(chosen, rows, strict=True):
                 for token, guess in zip(row, texts[i].target_ids, strict=False):  # rows are padded
@@ -193,7 +193,7 @@ def _read(lm: LanguageModel, asked: Iterable[tuple[Ids, Ids]], batch_size: int) 
     groups = [(prompt, group) for prompt, own in answers.items() for group in served_together(own)]
     texts = [Encoded(prompt + group[0], len(prompt)) for prompt, group in groups]
     found: dict[tuple[Ids, Ids], _Reading] = {}
-    for chosen in batches(texts, batch_size):
+    for chosen in batches(lm, texts, batch_size):
         batch = lm.batch([texts[i] for i in chosen])
         keys = [(row, groups[i][0], answer) for row, i in enumerate(chosen) for answer in groups[i][1]]
         readings = _tokens(lm, batch, [(row, answer) for row, _, answer in keys])

@@ -22,8 +22,8 @@ from errata.metrics.summary import KINDS
 BATCH_SIZE = 32
 BATCH_TOKENS = 4096
 """A batch holds at most so many texts, and so many tokens with padding (one text at least)."""
-PADDING = 128, 1024
-"""And at most about so many tokens that are padding, on a CPU and on other devices: another call of the model would cost less."""
+CPU_PADDING, PADDING = 128, 1024
+"""And on a CPU, or elsewhere, at most about so many tokens of padding: another call of the model costs less."""
 
 Groups = Mapping[str, tuple[Probe, ...]]
 Tokens = Mapping[str, Sequence[Sequence[int]]]
@@ -124,24 +124,26 @@ def predict(
     """
     encoded = encode_all(lm.tokenizer, texts)
     found: dict[int, Prediction] = {}
-    for chosen in batches(encoded, batch_size, batch_tokens, PADDING[lm.device.type != "cpu"]):
+    for chosen in batches(lm, encoded, batch_size, batch_tokens):
         batch = lm.batch([encoded[i] for i in chosen]).without_last()
         with within_of(within, chosen):
-            rows = lm.rows_at(batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        wanted = batch.targets[batch.mask]  # [N] text by text, as the rows are
-        logits, wanted = rows.float(), wanted.to(rows.device)
-        p = (logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)).exp()
-        given = zip(rows.argmax(-1).tolist(), p.tolist(), strict=True)
+            logits = lm.rows_at(
+                batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).float()  # [N, V], text by text
+        targets = batch.targets[batch.mask].to(logits.device)[:, None]  # [N, 1]
+        p = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).exp()
+        answers = zip(logits.argmax(-1).tolist(), p.tolist(), strict=True)
         for i in chosen:
-            own = [next(given) for _ in encoded[i].target_ids]
-            found[i] = Prediction(encoded[i].target_ids, tuple(token for token, _ in own), tuple(value for _, value in own))
+            own = [next(answers) for _ in encoded[i].target_ids]
+            found[i] = Prediction(encoded[i].target_ids, tuple(token for token, _ in own), tuple(likely for _, likely in own))
     return [found[i] for i in range(len(texts))]
 
 
 def batches(
-    encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS, padding: int = PADDING[0]
+    lm: LanguageModel, encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[list[int]]:
     """Indices of `encoded`, texts of like length together; the same texts in another order give the same batches."""
+    padding = CPU_PADDING if lm.device.type == "cpu" else PADDING
     chosen: list[int] = []
     tokens = 0
     for i in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].ids)):
@@ -159,8 +161,8 @@ def batches(
 def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
     """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
 
-    JSON-ready. In half precision each case is run by itself, here and in `score_all`: there a text's logits depend on what is in the
-    batch with it by enough to change an answer, and a model that has not moved must score 100.
+    JSON-ready. In half precision each case is asked by itself, about locality here and in `score_all`: there a text's logits depend on
+    what is in the batch with it by enough to change an answer, and a model that has not moved must score 100.
     """
     groups = [cases] if wide(lm) else [[case] for case in cases]
     return {case.id: tokens for group in groups for case, tokens in zip(group, _locality(lm, group, batch_size), strict=True)}
