@@ -8,7 +8,8 @@
 One by one is what `errata bench` does with `batch: 1`: ask the unedited model, edit, apply, measure (teacher-forced probes and greedy
 generation), revert. In batches is what it does otherwise. The cases one by one are as many of the first of the others as `--alone` says.
 Some cases at the end of the split are for warming up and are not counted, nor is the start of the workers (each has an even share of the
-threads; one by one has them all).
+threads; one by one has them all). editing, measuring: how many times as fast each part is; of workers the mean over all of them, times
+their number.
 
 alike: of the cases made both ways, those with the same accuracy of every probe and the same text. difference: the largest of a probe's
 accuracy. Rounding is not the same in both ways, and Adam makes a full step of a gradient that is nothing but rounding, so in float32 a
