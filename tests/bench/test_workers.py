@@ -202,8 +202,8 @@ with Workers(1, partial(beginning, plain)) as team:
     assert run.returncode == 1 and "ended with code 1 before it began; what it wrote on stderr says why" in run.stderr.splitlines()[-1]
 
 
-def test_tasks_are_given_out_in_constant_time() -> None:
-    """Counted, not timed: a hundred thousand tasks of many cases are given out, each once."""
+def test_every_task_is_given_out_once_however_many_there_are() -> None:
+    """To three who take turns. A search through what is left for each would take hours."""
     known = tasks(*map(str, range(1000)))
     shared = _Shared([task._replace(row=row) for row in range(100) for task in known])
     team: Any = ["one", "other", "third"]

@@ -14,7 +14,7 @@ from errata.bench.making import settle, short, wait_for, watched
 from errata.bench.outcomes import outcomes
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.sequence import FACT, NOT_FINITE, SOLVER
-from errata.bench.tasks import Line, Task
+from errata.bench.tasks import Setup, Task
 from errata.edits import Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError
 from errata.lm import ModelError
@@ -35,7 +35,7 @@ def blocks(cases: Sequence[EditCase], size: int) -> list[tuple[EditCase, ...]]:
     return [tuple(cases[start : start + size]) for start in range(0, len(cases), size)]
 
 
-def tasks(plan: Plan, rows: Sequence[Line], cases: Mapping[int, Sequence[EditCase]], records: Mapping[Key, Record]) -> Iterator[Task]:
+def tasks(plan: Plan, rows: Sequence[Setup], cases: Mapping[int, Sequence[EditCase]], records: Mapping[Key, Record]) -> Iterator[Task]:
     """Every block of which a line is missing. cases: those of each seed, in the order of their edits."""
     assert plan.block is not None  # the protocol is continual
     for place, (row, *_) in enumerate(rows):
@@ -51,7 +51,7 @@ class Continual:
     Raises PlanError if the model is not the unedited one before.
     """
 
-    def __init__(self, plan: Plan, rows: Sequence[Line], lm: LanguageModel) -> None:
+    def __init__(self, plan: Plan, rows: Sequence[Setup], lm: LanguageModel) -> None:
         if Stack.of(lm).active:
             raise PlanError(f"{lm.name} has edits applied, and continual editing begins at the unedited model; revert them first")
         self.plan, self.rows, self.lm = plan, rows, lm

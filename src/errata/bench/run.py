@@ -35,7 +35,7 @@ from errata.bench.intervals import intervals, rounded
 from errata.bench.outcomes import outcomes
 from errata.bench.plan import NO_OBJECTIVE, Plan, PlanError, Settings, configure, hash_cases, unlabelled
 from errata.bench.results import dump, environment, summarise, versions
-from errata.bench.tasks import Line, Task, Work
+from errata.bench.tasks import Setup, Task, Work
 from errata.bench.workers import Workers, sendable
 from errata.lm import load as load_model
 from errata.metrics import summarise as means
@@ -87,7 +87,7 @@ def run(
     if workers < 1:
         raise PlanError(f"workers must be at least 1 (got {workers})")
     if workers > 1:
-        sendable(partial(_begin, plan, out, snapshot_every, data_dir, load))
+        sendable(load)
     rows = _rows(plan)
     wanted = also.measurements(plan, data_dir)
     source = None
@@ -175,7 +175,7 @@ def evaluate(lm: LanguageModel, cases: Sequence[EditCase], edit: Edit | None = N
 def _write(
     made: Iterable[tuple[Task, Record]],
     todo: Sequence[Task],
-    rows: Sequence[Line],
+    rows: Sequence[Setup],
     cases: Mapping[int, Sequence[EditCase]],
     path: Path,
     records: dict[Key, Record],
@@ -202,7 +202,7 @@ def _one_by_one(todo: Iterable[Task], work: Work) -> Generator[tuple[Task, Recor
                 yield task, line
 
 
-def _work(plan: Plan, rows: Sequence[Line], lm: LanguageModel, out: Path, snapshot_every: int, wanted: Mapping[str, Measurement]) -> Work:
+def _work(plan: Plan, rows: Sequence[Setup], lm: LanguageModel, out: Path, snapshot_every: int, wanted: Mapping[str, Measurement]) -> Work:
     """What does a plan's tasks on a model. Raises PlanError if the model has edits applied and the plan edits in a row."""
     if plan.sequence is not None:
         return sequence.Sequential(plan, rows, lm, out, wanted, snapshot_every)
@@ -222,7 +222,7 @@ def _loaded(plan: Plan, load: Callable[[], LanguageModel] | None) -> LanguageMod
     return load() if load else load_model(plan.model, dtype=plan.dtype)
 
 
-def _rows(plan: Plan) -> list[Line]:
+def _rows(plan: Plan) -> list[Setup]:
     return [(row, *parts(row.method, row.objective, plan.settings)) for row in plan.rows]
 
 

@@ -21,7 +21,7 @@ from errata.bench.folder import STATE, Key, Record, key_of, write_whole
 from errata.bench.making import settle, short, watched
 from errata.bench.plan import Plan, PlanError, Row
 from errata.bench.snapshot import Snapshot
-from errata.bench.tasks import Line, Task
+from errata.bench.tasks import Setup, Task
 from errata.edits import Delta, Edit, EditError, Stack
 from errata.facts import EditCase, Fact, FactError
 from errata.lm.capture import submodule
@@ -66,7 +66,7 @@ def mark_name(edits: int) -> str:
 
 def tasks(
     plan: Plan,
-    rows: Sequence[Line],
+    rows: Sequence[Setup],
     cases: Mapping[int, Sequence[EditCase]],
     records: Mapping[Key, Record],
     elsewhere: Mapping[int, Sequence[str]],
@@ -89,7 +89,7 @@ class Sequential:
     """
 
     def __init__(
-        self, plan: Plan, rows: Sequence[Line], lm: LanguageModel, out: Path, wanted: Mapping[str, Measurement], snapshot_every: int
+        self, plan: Plan, rows: Sequence[Setup], lm: LanguageModel, out: Path, wanted: Mapping[str, Measurement], snapshot_every: int
     ) -> None:
         if Stack.of(lm).active:
             raise PlanError(f"{lm.name} has edits applied, and a sequence begins at the unedited model; revert them first")

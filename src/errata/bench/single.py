@@ -10,7 +10,7 @@ from errata.bench import batches
 from errata.bench.folder import Key, Record, key_of
 from errata.bench.making import short, watched
 from errata.bench.outcomes import outcomes
-from errata.bench.tasks import Line, Task
+from errata.bench.tasks import Setup, Task
 from errata.edits import Edit
 from errata.facts import EditCase, FactError
 from errata.lm import LanguageModel, ModelError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from errata.objectives import Objective
 
 
-def tasks(plan: Plan, rows: Sequence[Line], cases: Mapping[int, Sequence[EditCase]], records: Mapping[Key, Record]) -> Iterator[Task]:
+def tasks(plan: Plan, rows: Sequence[Setup], cases: Mapping[int, Sequence[EditCase]], records: Mapping[Key, Record]) -> Iterator[Task]:
     """Cases, or so many of them as are edited side by side, of which a line is missing. cases: those of each seed."""
     for number, (row, method, _) in enumerate(rows):
         size = plan.batch if batches.edits_together(method) else 1
@@ -36,7 +36,7 @@ def tasks(plan: Plan, rows: Sequence[Line], cases: Mapping[int, Sequence[EditCas
 class Single:
     """Does such tasks on one model. before: what the unedited model says, once a case, for all rows."""
 
-    def __init__(self, plan: Plan, rows: Sequence[Line], lm: LanguageModel) -> None:
+    def __init__(self, plan: Plan, rows: Sequence[Setup], lm: LanguageModel) -> None:
         self.plan, self.rows, self.lm = plan, rows, lm
         self.before: dict[str, teacher_forced.Tokens] = {}
 

@@ -29,7 +29,7 @@ class Task(NamedTuple):
     elsewhere: tuple[str, ...] = ()
 
 
-Line = tuple["Row", "Method", "Objective"]
+Setup = tuple["Row", "Method", "Objective"]
 """A row of the plan and what it is made with."""
 
 Work = Callable[[Task], Generator[Record]]

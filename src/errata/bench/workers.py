@@ -32,10 +32,10 @@ class WorkerError(RuntimeError):
     """A process of the run ended before its task."""
 
 
-def sendable(begin: Callable[[], Work]) -> None:
-    """Raises PlanError where `begin` cannot go to another process: what can be pickled is a function of a module, or a partial of one."""
+def sendable(load: object) -> None:
+    """Raises PlanError where what loads the model cannot be pickled, which is how it goes to a worker."""
     try:
-        pickle.dumps(begin)
+        pickle.dumps(load)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise PlanError(
             f"each worker loads the model for itself, and what loads it cannot be sent there ({error}); name the model in the plan, or "
@@ -44,7 +44,7 @@ def sendable(begin: Callable[[], Work]) -> None:
 
 
 class Workers:
-    """`count` processes that begin with `begin` (see `sendable`) and then do tasks. A context manager: behind it none of them is left."""
+    """`count` processes that begin with `begin`, which is pickled, and then do tasks. A context manager: behind it none of them is left."""
 
     def __init__(self, count: int, begin: Callable[[], Work]) -> None:
         context = get_context("spawn")  # a fork of a process whose torch has run threads may hang
@@ -193,7 +193,7 @@ def _portable(error: Exception) -> Exception:
     """As it is, where it survives the way to another process; with its traceback as a note."""
     try:
         copy: Any = pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # whatever an exception's own __reduce__ or __init__ makes of it
         copy = None
     sent = error if type(copy) is type(error) and str(copy) == str(error) else WorkerError(f"{type(error).__name__}: {error}")
     sent.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))

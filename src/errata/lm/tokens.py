@@ -75,7 +75,10 @@ def encode(tokenizer: Any, prompt: str, target: str = "", subject_span: tuple[in
 
 
 def encode_all(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-    """`encode` of many (prompt, target), without subjects: the tokenizer is called twice in all, and most of what it takes is the call."""
+    """`encode` of many (prompt, target), without subjects: the tokenizer is called twice in all, and most of what it takes is the call.
+
+    Raises ValueError as `encode` does, for the first of them that is wrong.
+    """
     prompts = _tokenize(tokenizer, [prompt for prompt, _ in texts])
     tails = [joint(prompt, target) + target for prompt, target in texts]
     wholes = iter(_tokenize(tokenizer, [prompt + tail for (prompt, _), tail in zip(texts, tails, strict=True) if tail]))
