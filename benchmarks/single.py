@@ -56,7 +56,7 @@ def one_by_one(row: Row, lm: LanguageModel, cases: Sequence[EditCase], settings:
 def in_batches(row: Row, lm: LanguageModel, cases: Sequence[EditCase], settings: Record, size: int) -> list[Record]:
     method, objective = parts(row.method, row.objective, settings)
     groups = [cases[first : first + size] for first in range(0, len(cases), size)]
-    return [line for group in groups for line in batches.lines(row, method, objective, lm, group, {})]
+    return [line for group in groups for line in batches.lines(row, method, objective, lm, group, batches.Before())]
 
 
 def begin(plan: Plan, device: str, threads: int) -> Single:

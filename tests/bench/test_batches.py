@@ -81,8 +81,33 @@ def test_a_stopped_run_goes_on_to_the_same_lines(tmp_path: Path, lm: LanguageMod
 def test_a_fact_that_cannot_be_edited(lm: LanguageModel) -> None:
     method, objective = module.parts("ft-m", "ce", SETTINGS)
     bad = replace(some()[0], id="bad", facts=(Fact("word " * 1200 + "{} is", "France", "Paris"),))
-    found = batches.lines(PLAN.rows[0], method, objective, lm, [bad, *cases()], {})
+    found = batches.lines(PLAN.rows[0], method, objective, lm, [bad, *cases()], batches.Before())
     assert "too long" in found[0]["error"] and not any("error" in line for line in found[1:])
+
+
+def test_what_rows_share_changes_nothing(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows after the first find what the layers below the edit make of the texts, as far as there is room for it."""
+    row = PLAN.rows[0]
+    ran: list[object] = []
+    handle = lm.model.get_submodule(lm.anatomy.mlp_down[0]).register_forward_hook(lambda *_: ran.append(None))
+
+    def made(before: batches.Before, cases: list[EditCase]) -> tuple[list[dict[str, Any]], int]:
+        ran.clear()
+        return untimed(batches.lines(row, *module.parts("ft-m", "ce", SETTINGS), lm, cases, before)), len(ran)
+
+    one, other = cases("France", "Japan", "Russia"), cases("Lyon", "Paris")
+    alone, calls = made(batches.Before(), one)
+    shared = batches.Before()
+    assert made(shared, one) == (alone, calls)
+    again, fewer = made(shared, one)
+    assert again == alone and fewer < calls
+    known = batches.Before()
+    known.said = shared.said
+    assert made(known, one)[1] > fewer, "what it says is not all that is shared"
+    monkeypatch.setattr(batches, "KEPT", 0)
+    assert made(shared, other) == made(batches.Before(), other)
+    assert made(shared, one) == (alone, fewer)
+    handle.remove()
 
 
 def test_size_is_chosen_from_memory_and_kept(tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

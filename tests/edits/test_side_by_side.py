@@ -7,7 +7,7 @@ import torch
 
 from errata import data, methods
 from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement
-from errata.edits.side_by_side import SideBySide, can_stand_beside
+from errata.edits.side_by_side import SideBySide, can_stand_beside, lowest
 from errata.facts import Fact
 from errata.lm import LanguageModel, encode
 from errata.lm.anatomy import is_conv1d
@@ -52,6 +52,18 @@ def test_each_row_is_that_of_its_edit(family: str) -> None:
         with torch.no_grad(), edits[edit].applied_():
             expected = lm.target_logits(batch)[row]
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)  # the norms compute in float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_lowest_layer_that_is_changed(family: str) -> None:
+    lm = language_model(family)
+    edits = edits_of(lm)
+    assert [lowest(lm, [edit]) for edit in edits] == [1, 1, 1, 0]
+    assert lowest(lm, edits[:3]) == 1
+    upper = Edit(lm, [DenseDelta(path, torch.zeros(1, 1)) for path in lm.anatomy.mlp_down[:1:-1]], [], {})
+    assert lowest(lm, [upper]) == 2
+    head = Edit(lm, [DenseDelta(lm.anatomy.head, torch.zeros(1, 1))], [], {})
+    assert lowest(lm, [upper, head]) == 0, "below it nothing can be kept"
 
 
 def test_what_does_more_than_add_is_refused() -> None:

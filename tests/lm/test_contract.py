@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from errata.lm.anatomy import KNOWN, _Probe, detect, find_anatomy, is_conv1d, ma
 from errata.lm.capture import add_to_output, capture
 from errata.lm.errors import ModelError
 from errata.lm.model import LanguageModel
-from errata.lm.resume import from_layer, states_at
-from errata.lm.tokens import Batch, encode
+from errata.lm.resume import Below, from_layer, states_at
+from errata.lm.tokens import Batch, Encoded, encode
 from tests.families import FAMILIES, HIDDEN, LAYERS, build, language_model
 
 FACTS = (
@@ -131,6 +133,62 @@ def test_the_head_sees_only_rows_with_a_target(lm: LanguageModel) -> None:
     assert_untouched(lm, before)
 
 
+@torch.no_grad()
+def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(name: str, lm: LanguageModel) -> None:
+    batch, before = batch_of(lm), state_of(lm)
+    assert (lm.last_mlp is None) == (name in ("opt", "bloom"))  # OPT's is no module, BLOOM's takes the residual too
+    path = lm.anatomy.mlp_down[-1]
+    module, ran = lm.model.get_submodule(path), []
+    forward = module.forward
+    module.forward = lambda x: ran.append(x.shape[:-1].numel()) or forward(x)
+
+    def asked(spare: bool) -> Tensor:
+        return lm.rows_at(batch.positions, batch.mask, spare, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+
+    spared, plain = asked(True), asked(False)
+    with capture(lm.model, {"v": path}):
+        asked(True)
+    with capture(lm.model, {"h": lm.anatomy.layers[-1]}):
+        asked(True)
+    whole = batch.input_ids.numel()
+    assert ran == [whole if lm.last_mlp is None else int(batch.mask.sum()), *[whole] * 3]
+    torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
+    del module.forward
+    assert_untouched(lm, before)
+
+
+@torch.no_grad()
+def test_what_is_below_a_layer_is_run_once(lm: LanguageModel) -> None:
+    """And what is changed from that layer on is not in what is kept."""
+    texts = [encode(lm.tokenizer, fact.text, fact.target) for fact in FACTS]
+    before, below = state_of(lm), Below(lm, 2)
+    weight = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[2])
+    weights = weight.clone()
+
+    def ask(chosen: list[Encoded], below: Below | None = None) -> tuple[Tensor, int]:
+        batch = lm.batch(chosen).without_last()
+        with capture(lm.model, {path: path for path in lm.anatomy.mlp_down}) as ran, below.running(chosen) if below else nullcontext():
+            return lm.target_logits(batch), len(ran)
+
+    unedited, _ = ask(texts[:3])
+    change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for edited, chosen, layers in (
+        (False, texts[:3], LAYERS),
+        (True, texts[:3], LAYERS - 2),
+        (True, [texts[2], texts[0]], LAYERS - 2),
+        (True, texts, LAYERS),  # one of them is new
+        (False, texts, LAYERS - 2),
+    ):
+        weight.copy_(weights + change if edited else weights)
+        expected, _ = ask(chosen)
+        found, ran = ask(chosen, below)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+        assert ran == layers
+        assert len(chosen) != 3 or torch.allclose(found, unedited, atol=1e-2) != edited
+    assert below.nbytes >= 4 * HIDDEN * sum(len(text.ids) - 1 for text in texts)
+    assert_untouched(lm, before)
+
+
 def test_running_from_a_layer_on_is_exact(lm: LanguageModel) -> None:
     batch = batch_of(lm)
     with torch.no_grad():
@@ -183,6 +241,30 @@ def test_generation_in_a_batch_is_generation_one_by_one(lm: LanguageModel, caplo
     assert any(together)
 
 
+def test_rows_that_have_ended_leave_the_others(lm: LanguageModel) -> None:
+    """End tokens are chosen so that texts end one after the other: the rest goes on in ever smaller batches, to the same texts."""
+    prompts = [fact.text[:end] for fact in FACTS for end in (None, -1, -2)]
+    widths: list[int] = []
+    handle = lm.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs.get("input_ids", args[0] if args else None))), with_kwargs=True
+    )
+    written = lm._continue([encode(lm.tokenizer, prompt).ids for prompt in prompts], 8, False, None, None)
+    lm.model.generation_config.eos_token_id = [lm.tokenizer.eos_token_id, *(new[i % 7] for i, new in enumerate(written) if len(new) > 7)]
+    widths.clear()
+    asked: list[list[int]] = []
+
+    def within(rows: list[int]) -> nullcontext[None]:
+        asked.append(rows)
+        return nullcontext()
+
+    texts = lm.generate(prompts, 8, batch_size=16, within=within)
+    handle.remove()
+    assert texts == [slow_greedy(lm, prompt, 8) for prompt in prompts]
+    assert widths[0] == len(prompts) and widths[-1] < len(prompts) and widths == sorted(widths, reverse=True)
+    assert [len(rows) for rows in asked] == sorted(set(widths), reverse=True)
+    assert all(set(rows) <= set(before) for before, rows in pairwise(asked))
+
+
 @torch.no_grad()
 def slow_greedy(lm: LanguageModel, prompt: str, steps: int) -> str:
     """No cache, no padding: the whole text again for every token."""
@@ -190,7 +272,7 @@ def slow_greedy(lm: LanguageModel, prompt: str, steps: int) -> str:
     new: list[int] = []
     for _ in range(steps):
         token = int(lm.model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
-        if token == lm.tokenizer.eos_token_id:
+        if token in lm._end_ids():
             break
         new.append(token)
         if "\n" in lm.tokenizer.decode([token]):

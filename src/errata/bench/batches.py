@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,9 +18,10 @@ import torch
 from errata.bench.making import short, wait_for
 from errata.bench.memory import watch_peak
 from errata.bench.outcomes import outcomes
-from errata.edits.side_by_side import SideBySide, can_stand_beside
+from errata.edits.side_by_side import SideBySide, can_stand_beside, lowest
 from errata.facts import FactError
 from errata.lm import ModelError
+from errata.lm.resume import Below, can_resume
 from errata.methods.base import Method
 from errata.metrics import teacher_forced
 from errata.metrics.teacher_forced import wide
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
     from errata.lm import LanguageModel
     from errata.objectives import Objective
 
-Before = dict[str, teacher_forced.Tokens]
-
 MOST = 64
 """Edits in a batch: beyond it nothing is gained on a CPU, and a run that is stopped loses more."""
 TOKENS = 64
 """Of an edit's text, for the memory it takes."""
 ROWS = 128
 """Texts in a batch of the measurement."""
+KEPT = 2**29
+"""Bytes of what the layers below an edit make of texts, for the rows to come."""
 
 
 def edits_together(method: object) -> bool:
@@ -66,25 +68,40 @@ def even(edits: int, most: int) -> int:
     return max(1, math.ceil(edits / max(1, math.ceil(edits / most))))
 
 
+class Before:
+    """What is known of the unedited model, once for all rows.
+
+    said: case id -> what it says on the case's locality probes.
+    """
+
+    def __init__(self) -> None:
+        self.said: dict[str, teacher_forced.Tokens] = {}
+        self._below: dict[tuple[int, tuple[str, ...]], Below] = {}
+
+    def below(self, lm: LanguageModel, layer: int, cases: Sequence[EditCase]) -> Below | None:
+        """What the layers below `layer` make of the cases' texts; None where nothing is spared. As many cases as fit into KEPT are kept."""
+        if not layer or not can_resume(lm):
+            return None
+        about = layer, tuple(case.id for case in cases)
+        found = self._below.get(about) or Below(lm, layer)
+        if sum(one.nbytes for one in self._below.values()) < KEPT:
+            self._below[about] = found
+        return found
+
+
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:
     """The lines of cases that are edited together, in their order; a case that fails has a line with its `error`, and hurts no other.
 
-    before: what the unedited model says; it is filled up. The seconds are each case's share, the memory is that of the whole batch.
+    before: is filled up. The seconds are each case's share, the memory is that of the whole batch.
     """
-    wrong = _unedited(lm, cases, before)
-    fit = [case for case in cases if case.id not in wrong]
-    seeds = [row.case_seed(case.id) for case in fit]
+    seeds = [row.case_seed(case.id) for case in cases]
     peak, clock = watch_peak(lm.device), time.perf_counter()
-    made = method.many(lm, [case.facts for case in fit], seeds, objective) if fit else []
+    made = method.many(lm, [case.facts for case in cases], seeds, objective)
     wait_for(lm.device)
-    editing, memory = (time.perf_counter() - clock) / max(1, len(fit)), peak()
-    edits = {}
-    for case, edit in zip(fit, made, strict=True):
-        if isinstance(edit, FactError):
-            wrong[case.id] = str(edit)
-        else:
-            edits[case.id] = edit
-    measured = _measured(lm, {case.id: case for case in fit if case.id in edits}, edits, before, row.seed, wrong)
+    editing, memory = (time.perf_counter() - clock) / len(cases), peak()
+    edits = {case.id: edit for case, edit in zip(cases, made, strict=True) if not isinstance(edit, FactError)}
+    wrong = {case.id: str(edit) for case, edit in zip(cases, made, strict=True) if isinstance(edit, FactError)}
+    measured = _measured(lm, [case for case in cases if case.id in edits], edits, before, row.seed, wrong)
     found: list[Record] = []
     for case in cases:
         record: Record = {"method": row.method, "objective": row.objective, "seed": row.seed, "case": case.id}
@@ -106,25 +123,9 @@ def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cas
     return found
 
 
-def _unedited(lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> dict[str, str]:
-    """Ask the unedited model what it was not asked yet. Case id -> why it cannot be asked."""
-    missing = [case for case in cases if case.id not in before]
-    try:
-        before |= teacher_forced.unedited(lm, missing, ROWS)
-        return {}
-    except ModelError:  # one of the texts is too long: which one?
-        wrong = {}
-        for case in missing:
-            try:
-                before |= teacher_forced.unedited(lm, [case])
-            except ModelError as error:
-                wrong[case.id] = str(error)
-        return wrong
-
-
 def _measured(
     lm: LanguageModel,
-    cases: Mapping[str, EditCase],
+    cases: Sequence[EditCase],
     edits: Mapping[str, Edit],
     before: Before,
     seed: int,
@@ -132,24 +133,41 @@ def _measured(
 ) -> dict[str, tuple[dict[str, Any], float]]:
     """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by
     one; in half precision all do, with each edit written into the weights."""
-    beside = [case for case in cases.values() if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
+    beside = [case for case in cases if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
+    below = before.below(lm, lowest(lm, [edits[case.id] for case in beside]), cases)
+    wrong |= _unedited(lm, cases, before.said, below)
+    beside = [case for case in beside if case.id not in wrong]
     found: dict[str, tuple[dict[str, Any], float]] = {}
     if len(beside) > 1:
         clock = time.perf_counter()
-        try:
+        with suppress(FactError, ModelError):  # a text that is too long: one by one the others do not suffer from it
             rows = SideBySide(lm, [edits[case.id] for case in beside]).rows
-            made = outcomes(lm, beside, before, seed, ROWS, rows)
-        except (FactError, ModelError):  # a text that is too long: one by one the others do not suffer from it
-            made = []
-        seconds = (time.perf_counter() - clock) / len(beside)
-        found = {case.id: (outcome, seconds) for case, outcome in zip(beside, made, strict=False)}
-    for case in (case for case in cases.values() if case.id not in found):
+            made = outcomes(lm, beside, before.said, seed, ROWS, rows, below)
+            seconds = (time.perf_counter() - clock) / len(beside)
+            found = {case.id: (outcome, seconds) for case, outcome in zip(beside, made, strict=True)}
+    for case in (case for case in cases if case.id not in found and case.id not in wrong):
         clock = time.perf_counter()
         try:
             with edits[case.id].applied_():
-                (outcome,) = outcomes(lm, [case], before, seed)
+                (outcome,) = outcomes(lm, [case], before.said, seed)
         except (FactError, ModelError) as error:
             wrong[case.id] = str(error)
             continue
         found[case.id] = outcome, time.perf_counter() - clock
     return found
+
+
+def _unedited(lm: LanguageModel, cases: Sequence[EditCase], said: dict[str, teacher_forced.Tokens], below: Below | None) -> dict[str, str]:
+    """Ask the unedited model what it was not asked yet. Case id -> why it cannot be asked."""
+    missing = [case for case in cases if case.id not in said]
+    try:
+        said |= teacher_forced.unedited(lm, missing, ROWS, below)
+        return {}
+    except ModelError:  # one of the texts is too long: which one?
+        wrong = {}
+        for case in missing:
+            try:
+                said |= teacher_forced.unedited(lm, [case])
+            except ModelError as error:
+                wrong[case.id] = str(error)
+        return wrong

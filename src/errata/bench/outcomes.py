@@ -13,6 +13,7 @@ from errata.metrics.strips import strip
 if TYPE_CHECKING:
     from errata.lm import LanguageModel
     from errata.lm.own import Within
+    from errata.lm.resume import Below
 
 
 def outcomes(
@@ -22,14 +23,15 @@ def outcomes(
     seed: int = 0,
     batch_size: int = teacher_forced.BATCH_SIZE,
     within: Within | None = None,
+    below: Below | None = None,
 ) -> list[Record]:
     """For each case what `errata.metrics.summarise` reads: accuracies, their probes, what the model, as it is, writes; and the strips.
 
-    before, within: see `teacher_forced.score_all`. seed: of the replies to questions, which are sampled; cases without questions have
-    none, and `within` is not for those that have. Raises ModelError for a text that is too long for the model.
+    before, within, below: see `teacher_forced.score_all`. seed: of the replies to questions, which are sampled; cases without questions
+    have none, and `within` is not for those that have. Raises ModelError for a text that is too long for the model.
     """
     records = []
-    scores = teacher_forced.score_all(lm, cases, before, batch_size, within)
+    scores = teacher_forced.score_all(lm, cases, before, batch_size, within, below)
     for score, said in zip(scores, generation.score_all(lm, cases, batch_size=batch_size, within=within), strict=True):
         record = score.to_dict() | {"generation": said.to_dict(), "strips": [strip(lm.tokenizer, edit) for edit in score.edits]}
         del record["id"]

@@ -34,18 +34,18 @@ def tasks(plan: Plan, rows: Sequence[Setup], cases: Mapping[int, Sequence[EditCa
 
 
 class Single:
-    """Does such tasks on one model. before: what the unedited model says, once a case, for all rows."""
+    """Does such tasks on one model."""
 
     def __init__(self, plan: Plan, rows: Sequence[Setup], lm: LanguageModel) -> None:
         self.plan, self.rows, self.lm = plan, rows, lm
-        self.before: dict[str, teacher_forced.Tokens] = {}
+        self.before = batches.Before()
 
     def __call__(self, task: Task) -> Generator[Record]:
         row, method, objective = self.rows[task.row]
         if self.plan.batch > 1 and batches.edits_together(method):
             yield from batches.lines(row, method, objective, self.lm, task.cases, self.before)
         else:
-            yield from (line(row, method, objective, self.lm, case, self.before, self.plan.curves) for case in task.cases)
+            yield from (line(row, method, objective, self.lm, case, self.before.said, self.plan.curves) for case in task.cases)
 
 
 def line(

@@ -55,6 +55,13 @@ def can_stand_beside(edit: Edit) -> bool:
     return edit.memory is None and all(isinstance(delta, DenseDelta | LowRankDelta) for delta in edit.deltas)
 
 
+def lowest(lm: LanguageModel, edits: Sequence[Edit]) -> int:
+    """The lowest layer that one of the edits changes; 0 where they change something outside of the layers, or nothing."""
+    layers = {layer: number for number, layer in enumerate(lm.anatomy.layers)}
+    paths = {delta.path for edit in edits for delta in edit.deltas}
+    return min((next((n for layer, n in layers.items() if path.startswith(f"{layer}.")), 0) for path in paths), default=0)
+
+
 class _Change:
     """What E edits add to one module: dense, E × [out, in]; low, left [E, out, r] and right [E, r, in]. None where no edit has any."""
 

@@ -11,21 +11,23 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from errata.lm.anatomy import Anatomy, find_anatomy
-from errata.lm.asking import asking, prefaced
-from errata.lm.capture import submodule
+from errata.lm.asking import asking, has_memory, prefaced
 from errata.lm.errors import ModelError
-from errata.lm.own import Within, within_of
+from errata.lm.own import Within, mapped, within_of
+from errata.lm.places import find_last_mlp, only_at
 from errata.lm.sampling import Sampling
-from errata.lm.tokens import Batch, Encoded, collate, decode, encode
+from errata.lm.tokens import Batch, Encoded, collate, decode, encode_all
 
 _HASH_WHOLE = 1 << 22  # parameters up to this many elements go into the fingerprint whole …
 _HASH_SAMPLE = 1 << 16  # … larger ones as about so many, evenly spaced
 # What changes when the same model is saved, loaded or run in another way.
 _VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+
+_MANY = 8  # rows of a batch that are worth going on without
 
 
 class LanguageModel:
@@ -79,6 +81,11 @@ class LanguageModel:
         return find_anatomy(self.model)
 
     @cached_property
+    def last_mlp(self) -> str | None:
+        """Path of the last layer's MLP, where it can be run at some tokens alone; found at first use."""
+        return find_last_mlp(self)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the config and every parameter's name, type, shape and content (large ones sampled).
 
@@ -109,35 +116,27 @@ class LanguageModel:
         batch = batch.to(self.device)
         return self.logits_at(batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
-    def logits_at(self, positions: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+    def logits_at(self, positions: Tensor, mask: Tensor, spare: bool = False, **inputs: Any) -> Tensor:
         """Run the model on `inputs`, with the head at these places alone: [B, Tm, V], differentiable; zeros where `mask` is False.
 
         positions [B, Tm] long: columns of the B texts that run; read where mask [B, Tm] bool is True.
+        spare: run the last layer's MLP at these places alone, too, where it can be (see `only_at`), which changes rounding.
         Raises ValueError if it is True nowhere.
         """
-        logits = self.rows_at(positions, mask, **inputs)
+        logits = self.rows_at(positions, mask, spare, **inputs)
         if len(logits) == mask.numel():
             return logits.view(*mask.shape, -1)
         rows, columns = mask.to(logits.device).nonzero(as_tuple=True)
         return logits.new_zeros(*mask.shape, logits.shape[-1]).index_put((rows, columns), logits)
 
-    def rows_at(self, positions: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+    def rows_at(self, positions: Tensor, mask: Tensor, spare: bool = False, **inputs: Any) -> Tensor:
         """`logits_at` without padding: [N, V] for the N places where `mask` is True, text by text."""
         rows, columns = mask.nonzero(as_tuple=True)  # [N] each
         if not len(rows):
             raise ValueError("the batch holds no targets; encode the prompts with a target")
-        chosen = positions[rows, columns]
-
-        def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = args[0]  # [B, T, d]
-            return (hidden[rows.to(hidden.device), chosen.to(hidden.device)][None], *args[1:])  # [1, N, d]
-
-        handle = submodule(self.model, self.anatomy.head).register_forward_pre_hook(pick)
-        try:
-            with asking(self, positions.masked_fill(~mask, int(positions.max())).amin(-1)):
-                output = self.model(**inputs)
-        finally:
-            handle.remove()
+        ends = positions.masked_fill(~mask, int(positions.max())).amin(-1)
+        with asking(self, ends), only_at(self, rows, positions[rows, columns], spare):
+            output = self.model(**inputs)
         logits: Tensor = output.logits[0]  # [N, V]
         return logits
 
@@ -170,7 +169,8 @@ class LanguageModel:
             raise ValueError(f"temperature is {temperature}; give 0 for greedy decoding, or more")
         if temperature and (seeds is None or len(seeds) != len(prompts)):
             raise ValueError(f"sampling takes a seed for each of the {len(prompts)} prompts, got {None if seeds is None else len(seeds)}")
-        read = [encode(self.tokenizer, p) if isinstance(p, str) else Encoded(tuple(p), len(p)) for p in prompts]
+        texts_read = iter(encode_all(self.tokenizer, [(p, "") for p in prompts if isinstance(p, str)]))
+        read = [next(texts_read) if isinstance(p, str) else Encoded(tuple(p), len(p)) for p in prompts]
         encoded = [text.ids for text in prefaced(self, read)]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # neighbours of like length waste little padding
         rooms = [self.check_length(len(ids)) for ids in encoded]
@@ -181,8 +181,7 @@ class LanguageModel:
             for start in range(0, len(alike), batch_size):
                 chosen = alike[start : start + batch_size]
                 sampling = Sampling(temperature, [seeds[i] for i in chosen], self.device) if temperature and seeds else None
-                with within_of(within, chosen):
-                    written = self._continue([encoded[i] for i in chosen], limit, stop_at_newline, sampling)
+                written = self._continue([encoded[i] for i in chosen], limit, stop_at_newline, sampling, mapped(within, chosen))
                 for i, new in zip(chosen, written, strict=True):
                     texts[i] = self._new_text(encoded[i], new, stop_at_newline)
         return texts
@@ -196,37 +195,63 @@ class LanguageModel:
 
     @torch.no_grad()
     def _continue(
-        self, prompts: list[tuple[int, ...]], max_new_tokens: int, stop_at_newline: bool, sampling: Sampling | None = None
+        self,
+        prompts: list[tuple[int, ...]],
+        max_new_tokens: int,
+        stop_at_newline: bool,
+        sampling: Sampling | None = None,
+        within: Within | None = None,
     ) -> list[list[int]]:
+        """New tokens of one batch, up to the end token, or with the one that holds the line break.
+
+        When half of the rows have ended the others go on without them. Not where that may change what they become (half precision), where
+        each row draws for itself, or where a memory beside the weights has to know its questions again.
+        """
         width = max(map(len, prompts))
         room = self.check_length(width)
         max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
+        new: list[list[int]] = [[] for _ in prompts]
         if max_new_tokens < 1:
-            return [[] for _ in prompts]
+            return new
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        ends = self._end_ids()
-        greedy = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=self.pad_id, eos_token_id=ends or None
-        )
-        line_end = _LineEnd(self.tokenizer)
-        criteria = StoppingCriteriaList([line_end] if stop_at_newline else [])
+        leave = not sampling and self.dtype in (torch.float32, torch.float64) and not has_memory(self)
+        ends = _Ends(self.tokenizer, self._end_ids(), stop_at_newline, leave)
         drawn = LogitsProcessorList([sampling] if sampling else [])
-        with _generation_config(self.model, greedy), asking(self, torch.full((len(prompts),), width - 1, device=self.device)):
-            out = self.model.generate(
-                ids, attention_mask=mask, generation_config=greedy, stopping_criteria=criteria, logits_processor=drawn
+        rows, cache = list(range(len(prompts))), None
+        while rows:
+            config = GenerationConfig(  # type: ignore[no-untyped-call]
+                max_new_tokens=width + max_new_tokens - ids.shape[1],
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                return_dict_in_generate=True,
+                pad_token_id=self.pad_id,
+                eos_token_id=ends.ids or None,
             )
-
-        # A row that ended before the others is filled up with padding, which may be an ordinary token: cut it where it ended.
-        def cut(row: list[int]) -> list[int]:
-            for i, token in enumerate(row):
-                if token in ends:
-                    return row[:i]
-                if stop_at_newline and line_end.in_token(token):
-                    return row[: i + 1]
-            return row
-
-        return [cut(row) for row in out[:, width:].tolist()]
+            ends.begin(len(rows))
+            with (
+                within_of(within, rows),
+                _generation_config(self.model, config),
+                asking(self, torch.full((len(rows),), width - 1, device=self.device)),
+            ):
+                out = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([ends]),
+                    logits_processor=drawn,
+                    past_key_values=cache,
+                )
+            for row, tokens in zip(rows, out.sequences[:, width:].tolist(), strict=True):
+                new[row] = ends.cut(tokens)
+            left = [] if out.sequences.shape[1] == width + max_new_tokens else [i for i, done in enumerate(ends.ended) if not done]
+            ids, cache = out.sequences[left], out.past_key_values
+            mask = torch.nn.functional.pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+            rows = [rows[i] for i in left]
+            if rows:
+                cache.batch_select_indices(torch.tensor(left, device=self.device))
+        return new
 
     def _end_ids(self) -> list[int]:
         """All end tokens: the model's (Llama 3 has several) and the tokenizer's."""
@@ -243,20 +268,39 @@ class LanguageModel:
         return None if limit is None else limit - length
 
 
-class _LineEnd(StoppingCriteria):
-    """Each row ends with the first new token that holds a line break, alone or among other characters ('.\\n')."""
+class _Ends(StoppingCriteria):
+    """Which rows have ended: with an end token, or (`lines`) with the first new token that holds a line break, alone or among other
+    characters ('.\\n').
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[int, bool] = {}
+    leave: as soon as half of many rows have ended, all stop.
+    """
 
-    def in_token(self, token: int) -> bool:
-        if token not in self.known:
-            self.known[token] = "\n" in decode(self.tokenizer, [token])
-        return self.known[token]
+    def __init__(self, tokenizer: Any, ids: list[int], lines: bool, leave: bool) -> None:
+        self.tokenizer, self.ids, self.lines, self.leave = tokenizer, ids, lines, leave
+        self.ended: list[bool] = []
+        self._known: dict[int, bool] = {}
+
+    def begin(self, rows: int) -> None:
+        """So many rows, none of which has ended."""
+        self.ended = [False] * rows
+
+    def cut(self, new: list[int]) -> list[int]:
+        """What a row wrote. One that ended before the others is filled up with padding, which may be an ordinary token."""
+        for i, token in enumerate(new):
+            if self._ends(token):
+                return new[:i] if token in self.ids else new[: i + 1]
+        return new
+
+    def _ends(self, token: int) -> bool:
+        if token not in self._known:
+            self._known[token] = token in self.ids or (self.lines and "\n" in decode(self.tokenizer, [token]))
+        return self._known[token]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.tensor([self.in_token(token) for token in input_ids[:, -1].tolist()], device=input_ids.device)
+        tokens = input_ids[:, -1].tolist()
+        self.ended = [done or self._ends(token) for done, token in zip(self.ended, tokens, strict=True)]
+        stop = self.leave and len(tokens) >= _MANY and 2 * sum(self.ended) >= len(tokens)
+        return torch.tensor([stop or done for done in self.ended], device=input_ids.device)
 
 
 @contextmanager

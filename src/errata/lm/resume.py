@@ -6,16 +6,17 @@ business. Only, while the context lasts, the layers below L hand on what they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from errata.lm.capture import submodule
 from errata.lm.errors import ModelError
-from errata.lm.tokens import Batch
+from errata.lm.tokens import Batch, Encoded
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -87,6 +88,38 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[Callab
 
         begin(stack)
         yield whole
+
+
+class Below:
+    """What the layers below one make of texts: kept when they run first, so that the next time they run from that layer on.
+
+    Nothing below the layer may change meanwhile, and nothing may stand in front of a text that did not before.
+    Raises ModelError as `from_layer` does.
+    """
+
+    def __init__(self, lm: LanguageModel, layer: int) -> None:
+        self._lm, self._layer = lm, layer
+        self._module = resumable(lm, layer)[layer]
+        self._known: dict[tuple[int, ...], Tensor] = {}  # ids -> [T, d]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is taken."""
+        return sum(states.nbytes for states in self._known.values())
+
+    def running(self, texts: Sequence[Encoded]) -> AbstractContextManager[object]:
+        """To be entered while `lm.batch(texts).without_last()` runs, once, without a graph and with `use_cache=False`."""
+        known = [self._known[text.ids] for text in texts if text.ids in self._known]
+        if len(known) < len(texts):
+            return self._learning(texts)
+        return from_layer(self._lm, self._layer, pad_sequence(known, batch_first=True))
+
+    @contextmanager
+    def _learning(self, texts: Sequence[Encoded]) -> Iterator[None]:
+        with entering(self._module) as seen:
+            yield
+        for text, states in zip(texts, seen[0], strict=True):
+            self._known[text.ids] = states[: len(text.ids) - 1]
 
 
 @contextmanager

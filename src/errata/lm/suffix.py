@@ -92,7 +92,9 @@ class Suffix:
 
     def _run(self, head: Callable[..., Tensor], states: Tensor) -> Tensor:
         with from_layer(self._lm, self._layer, states):
-            return head(self._positions, self.mask, **self._inputs, past_key_values=self._cache, use_cache=self._cache is not None)
+            return head(
+                self._positions, self.mask, spare=True, **self._inputs, past_key_values=self._cache, use_cache=self._cache is not None
+            )
 
     def keep(self, rows: Tensor) -> Suffix:
         """These texts alone (rows: indices [K], or bool [B]), without the padding that the others needed: S and Tm may shrink.

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from errata.facts import EditCase, Fact, FactError, Probe
-from errata.lm import LanguageModel, encode
+from errata.lm import LanguageModel, encode_all
 from errata.lm.own import Within, mapped
 from errata.metrics.framing import chats, framed, is_framed, negated, turn
 from errata.metrics.normalise import begins, contains, exact, normalise
@@ -66,7 +66,7 @@ def ask(
     whole sentences). Right answers are never out of reach, and wrong ones never cut to fit.
     within: entered around each batch, with the numbers of the questions that are its rows.
     """
-    limits = [_limit(lm, probe, max_new_tokens) for probe in probes]
+    limits = _limits(lm, probes, max_new_tokens)
     texts: dict[int, str] = {}
     for limit in sorted(set(limits)):
         chosen = [i for i, own in enumerate(limits) if own == limit]
@@ -78,11 +78,20 @@ def ask(
     ]
 
 
-def _limit(lm: LanguageModel, probe: Probe, limit: int) -> int:
+def _limits(lm: LanguageModel, probes: Sequence[Probe], limit: int) -> list[int]:
+    """`limit` for each of the probes, doubled where its answers ask for it."""
     if limit < 1:
         raise ValueError(f"max_new_tokens is {limit}; leave room for at least one token")
-    longest = max(len(encode(lm.tokenizer, probe.prompt, answer).target_ids) for answer in probe.answers)
-    while limit < 2 * longest:
+    longest = [0] * len(probes)
+    numbers = [number for number, probe in enumerate(probes) for _ in probe.answers]
+    texts = [(probe.prompt, answer) for probe in probes for answer in probe.answers]
+    for number, text in zip(numbers, encode_all(lm.tokenizer, texts), strict=True):
+        longest[number] = max(longest[number], len(text.target_ids))
+    return [_doubled(limit, 2 * own) for own in longest]
+
+
+def _doubled(limit: int, needed: int) -> int:
+    while limit < needed:
         limit *= 2
     return limit
 
@@ -229,7 +238,7 @@ def extended(
     """
     templated = chats(lm.tokenizer, chat)
     asked = [one for number, case in enumerate(cases) for one in _asked(number, case, templated)]
-    limits = [_limit(lm, Probe(one.prompt, (one.target,)), max_new_tokens) for one in asked]
+    limits = _limits(lm, [Probe(one.prompt, (one.target,)) for one in asked], max_new_tokens)
     texts: dict[int, str] = {}
     for turns, limit in sorted({(one.kind == "chat", limit) for one, limit in zip(asked, limits, strict=True)}):
         chosen = [i for i, one in enumerate(asked) if (one.kind == "chat", limits[i]) == (turns, limit)]

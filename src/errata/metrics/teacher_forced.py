@@ -8,6 +8,7 @@ the *unedited* model put there (locality; the answer only says which positions c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from errata.facts import EditCase, Probe
 from errata.lm import Encoded, LanguageModel, encode_all
 from errata.lm.own import Within, mapped, within_of
+from errata.lm.resume import Below
 from errata.metrics.summary import KINDS
 
 BATCH_SIZE = 32
@@ -116,20 +118,22 @@ def predict(
     batch_size: int = BATCH_SIZE,
     batch_tokens: int = BATCH_TOKENS,
     within: Within | None = None,
+    below: Below | None = None,
 ) -> list[Prediction]:
     """What the model puts at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
 
     within: entered around each batch, with the numbers of the texts that are its rows.
+    below: spares texts that it knows the layers below an edit, and learns others.
     Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
     """
     encoded = encode_all(lm.tokenizer, texts)
     found: dict[int, Prediction] = {}
     for chosen in batches(lm, encoded, batch_size, batch_tokens):
-        batch = lm.batch([encoded[i] for i in chosen]).without_last()
-        with within_of(within, chosen):
-            logits = lm.rows_at(
-                batch.positions, batch.mask, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).float()  # [N, V], text by text
+        rows = [encoded[i] for i in chosen]
+        batch = lm.batch(rows).without_last()
+        with within_of(within, chosen), below.running(rows) if below else nullcontext():
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            logits = lm.rows_at(batch.positions, batch.mask, spare=wide(lm), **inputs).float()  # [N, V], text by text
         targets = batch.targets[batch.mask].to(logits.device)[:, None]  # [N, 1]
         p = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).exp()
         answers = zip(logits.argmax(-1).tolist(), p.tolist(), strict=True)
@@ -158,14 +162,14 @@ def batches(
         yield chosen
 
 
-def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE) -> dict[str, Tokens]:
+def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BATCH_SIZE, below: Below | None = None) -> dict[str, Tokens]:
     """Case id -> the arg-max tokens of `lm`, as it is, on the case's locality probes. Take it once, before the first edit, and keep it.
 
     JSON-ready. In half precision each case is asked by itself, about locality here and in `score_all`: there a text's logits depend on
     what is in the batch with it by enough to change an answer, and a model that has not moved must score 100.
     """
     groups = [cases] if wide(lm) else [[case] for case in cases]
-    return {case.id: tokens for group in groups for case, tokens in zip(group, _locality(lm, group, batch_size), strict=True)}
+    return {case.id: tokens for group in groups for case, tokens in zip(group, _locality(lm, group, batch_size, below=below), strict=True)}
 
 
 def wide(lm: LanguageModel) -> bool:
@@ -174,12 +178,12 @@ def wide(lm: LanguageModel) -> bool:
 
 
 def _locality(
-    lm: LanguageModel, cases: Sequence[EditCase], batch_size: int, within: Within | None = None
+    lm: LanguageModel, cases: Sequence[EditCase], batch_size: int, within: Within | None = None, below: Below | None = None
 ) -> list[dict[str, list[list[int]]]]:
     asked = [probes_of(case).get("locality", {}) for case in cases]
     rows = [(number, probe) for number, groups in enumerate(asked) for probes in groups.values() for probe in probes]
     texts = [(probe.prompt, probe.answers[0]) for _, probe in rows]
-    given = iter(predict(lm, texts, batch_size, within=mapped(within, [number for number, _ in rows])))
+    given = iter(predict(lm, texts, batch_size, within=mapped(within, [number for number, _ in rows]), below=below))
     return [{name: [list(next(given).given) for _ in probes] for name, probes in groups.items()} for groups in asked]
 
 
@@ -194,12 +198,14 @@ def score_all(
     before: Mapping[str, Tokens] | None,
     batch_size: int = BATCH_SIZE,
     within: Within | None = None,
+    below: Below | None = None,
 ) -> list[CaseScore]:
     """The accuracies of cases that are measured on the same model, in their order.
 
     before: what `unedited` gave before the edits; None leaves locality out.
     within: where each case is measured on a model of its own: entered around each batch, with the number of the case that each row is
     about (`errata.edits.side_by_side`). Locality is then asked of all cases at once, too.
+    below: see `predict`.
     In portability the best of a probe's aliases counts; in reliability, generality and locality only its first answer.
 
     Raises ValueError where `before` does not belong to the cases; what `predict` raises.
@@ -217,7 +223,7 @@ def score_all(
     best: dict[tuple[int, str, str, int], float] = {}
     edits: list[list[Prediction]] = [[] for _ in cases]
     about = mapped(within, [place[0] for place, _ in answers])
-    predictions = predict(lm, [text for _, text in answers], batch_size, within=about)
+    predictions = predict(lm, [text for _, text in answers], batch_size, within=about, below=below)
     for (place, _), prediction in zip(answers, predictions, strict=True):
         best[place] = max(best.get(place, 0.0), prediction.accuracy)
         if place[1] == "reliability":
@@ -225,7 +231,7 @@ def score_all(
     now: list[dict[str, list[list[int]]]] = []
     if before is not None:
         together = wide(lm) or within is not None
-        now = _locality(lm, cases, batch_size, within) if together else [_locality(lm, [case], batch_size)[0] for case in cases]
+        now = _locality(lm, cases, batch_size, within, below) if together else [_locality(lm, [case], batch_size)[0] for case in cases]
     scores = []
     for index, (case, kinds) in enumerate(zip(cases, asked, strict=True)):
         values = {
