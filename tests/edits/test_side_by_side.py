@@ -58,12 +58,16 @@ def test_each_row_is_that_of_its_edit(family: str) -> None:
 def test_the_lowest_layer_that_is_changed(family: str) -> None:
     lm = language_model(family)
     edits = edits_of(lm)
-    assert [lowest(lm, [edit]) for edit in edits] == [1, 1, 1, 0]
-    assert lowest(lm, edits[:3]) == 1
-    upper = Edit(lm, [DenseDelta(path, torch.zeros(1, 1)) for path in lm.anatomy.mlp_down[:1:-1]], [], {})
-    assert lowest(lm, [upper]) == 2
-    head = Edit(lm, [DenseDelta(lm.anatomy.head, torch.zeros(1, 1))], [], {})
-    assert lowest(lm, [upper, head]) == 0, "below it nothing can be kept"
+    assert [lowest(lm, [edit]) for edit in edits] == [(1, True), (1, True), (1, True), None]
+    assert lowest(lm, edits) == (1, True)
+
+    def of(*paths: str) -> Edit:
+        return Edit(lm, [DenseDelta(path, torch.zeros(1, 1)) for path in paths], [], {})
+
+    downs, attention = lm.anatomy.mlp_down, lm.anatomy.attn_out
+    assert lowest(lm, [of(downs[3], downs[2])]) == lowest(lm, [of(downs[2], attention[3]), of(downs[3])]) == (2, True)
+    assert lowest(lm, [of(downs[2]), of(attention[2])]) == (2, False)
+    assert lowest(lm, [of(downs[2]), of(lm.anatomy.head)]) is None, "below it nothing can be kept"
 
 
 def test_what_does_more_than_add_is_refused() -> None:

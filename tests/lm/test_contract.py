@@ -157,33 +157,38 @@ def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(na
     assert_untouched(lm, before)
 
 
+@pytest.mark.parametrize("down", [False, True])
 @torch.no_grad()
-def test_what_is_below_a_layer_is_run_once(lm: LanguageModel) -> None:
-    """And what is changed from that layer on is not in what is kept."""
+def test_what_is_below_an_edit_is_run_once(lm: LanguageModel, down: bool) -> None:
+    """And what is changed from there on is not in what is kept."""
+    layer = 2
     texts = [encode(lm.tokenizer, fact.text, fact.target) for fact in FACTS]
-    before, below = state_of(lm), Below(lm, 2)
-    weight = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[2])
+    before, below = state_of(lm), Below(lm, layer, down)
+    weight = lm.anatomy.weight(lm.model, lm.anatomy.mlp_down[layer])
     weights = weight.clone()
+    watched = (*lm.anatomy.attn_out, *lm.anatomy.mlp_down)
+    everything = [path for pair in zip(lm.anatomy.attn_out, lm.anatomy.mlp_down, strict=True) for path in pair]
+    rest = everything[2 * layer + (down and lm.anatomy.writes_straight) :]
 
-    def ask(chosen: list[Encoded], below: Below | None = None) -> tuple[Tensor, int]:
+    def ask(chosen: list[Encoded], below: Below | None = None) -> tuple[Tensor, set[str]]:
         batch = lm.batch(chosen).without_last()
-        with capture(lm.model, {path: path for path in lm.anatomy.mlp_down}) as ran, below.running(chosen) if below else nullcontext():
-            return lm.target_logits(batch), len(ran)
+        with capture(lm.model, {path: path for path in watched}) as ran, below.running(chosen) if below else nullcontext():
+            return lm.target_logits(batch), set(ran)
 
     unedited, _ = ask(texts[:3])
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    for edited, chosen, layers in (
-        (False, texts[:3], LAYERS),
-        (True, texts[:3], LAYERS - 2),
-        (True, [texts[2], texts[0]], LAYERS - 2),
-        (True, texts, LAYERS),  # one of them is new
-        (False, texts, LAYERS - 2),
+    for edited, chosen, runs in (
+        (False, texts[:3], everything),
+        (True, texts[:3], rest),
+        (True, [texts[2], texts[0]], rest),
+        (True, texts, everything),  # one of them is new
+        (False, texts, rest),
     ):
         weight.copy_(weights + change if edited else weights)
         expected, _ = ask(chosen)
         found, ran = ask(chosen, below)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-        assert ran == layers
+        assert ran == set(runs)
         assert len(chosen) != 3 or torch.allclose(found, unedited, atol=1e-2) != edited
     assert below.nbytes >= 4 * HIDDEN * sum(len(text.ids) - 1 for text in texts)
     assert_untouched(lm, before)

@@ -41,7 +41,7 @@ TOKENS = 64
 ROWS = 128
 """Texts in a batch of the measurement."""
 KEPT = 2**29
-"""Bytes of what the layers below an edit make of texts, for the rows to come."""
+"""Bytes of what runs before an edit can be felt, for the rows to come."""
 
 
 def edits_together(method: object) -> bool:
@@ -76,14 +76,18 @@ class Before:
 
     def __init__(self) -> None:
         self.said: dict[str, teacher_forced.Tokens] = {}
-        self._below: dict[tuple[int, tuple[str, ...]], Below] = {}
+        self._below: dict[tuple[tuple[int, bool], tuple[str, ...]], Below] = {}
 
-    def below(self, lm: LanguageModel, layer: int, cases: Sequence[EditCase]) -> Below | None:
-        """What the layers below `layer` make of the cases' texts; None where nothing is spared. As many cases as fit into KEPT are kept."""
-        if not layer or not can_resume(lm):
+    def below(self, lm: LanguageModel, edits: Sequence[Edit], cases: Sequence[EditCase]) -> Below | None:
+        """What runs before one of the edits can be felt, for the cases' texts; None where nothing is spared.
+
+        It is kept for the rows to come, as far as there is room.
+        """
+        felt = lowest(lm, edits)
+        if felt is None or felt == (0, False) or not can_resume(lm):
             return None
-        about = layer, tuple(case.id for case in cases)
-        found = self._below.get(about) or Below(lm, layer)
+        about = felt, tuple(case.id for case in cases)
+        found = self._below.get(about) or Below(lm, *felt)
         if sum(one.nbytes for one in self._below.values()) < KEPT:
             self._below[about] = found
         return found
@@ -134,7 +138,7 @@ def _measured(
     """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by
     one; in half precision all do, with each edit written into the weights."""
     beside = [case for case in cases if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
-    below = before.below(lm, lowest(lm, [edits[case.id] for case in beside]), cases)
+    below = before.below(lm, [edits[case.id] for case in beside], cases)
     wrong |= _unedited(lm, cases, before.said, below)
     beside = [case for case in beside if case.id not in wrong]
     found: dict[str, tuple[dict[str, Any], float]] = {}

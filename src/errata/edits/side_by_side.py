@@ -55,11 +55,17 @@ def can_stand_beside(edit: Edit) -> bool:
     return edit.memory is None and all(isinstance(delta, DenseDelta | LowRankDelta) for delta in edit.deltas)
 
 
-def lowest(lm: LanguageModel, edits: Sequence[Edit]) -> int:
-    """The lowest layer that one of the edits changes; 0 where they change something outside of the layers, or nothing."""
-    layers = {layer: number for number, layer in enumerate(lm.anatomy.layers)}
+def lowest(lm: LanguageModel, edits: Sequence[Edit]) -> tuple[int, bool] | None:
+    """The lowest layer that one of the edits changes, and whether it is the down-projection of its MLP alone that is changed there.
+
+    None where they change something outside of the layers, or nothing.
+    """
     paths = {delta.path for edit in edits for delta in edit.deltas}
-    return min((next((n for layer, n in layers.items() if path.startswith(f"{layer}.")), 0) for path in paths), default=0)
+    layers = {path: n for path in paths for n, layer in enumerate(lm.anatomy.layers) if path.startswith(f"{layer}.")}
+    if not paths or layers.keys() < paths:
+        return None
+    layer = min(layers.values())
+    return layer, all(n > layer or path == lm.anatomy.mlp_down[layer] for path, n in layers.items())
 
 
 class _Change:

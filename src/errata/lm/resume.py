@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from errata.lm.capture import submodule
+from errata.lm.capture import capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.tokens import Batch, Encoded
 
@@ -91,35 +91,58 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[Callab
 
 
 class Below:
-    """What the layers below one make of texts: kept when they run first, so that the next time they run from that layer on.
+    """What runs before an edit can be felt, kept for texts that have run once: the next time they run from there on.
 
-    Nothing below the layer may change meanwhile, and nothing may stand in front of a text that did not before.
+    layer: the lowest that is changed. down: nothing of it is changed but its MLP's down-projection, so what that one is given is kept, if
+        the MLP writes straight into the residual stream; elsewhere what enters the layer.
+
+    Nothing else may change meanwhile, and nothing may stand in front of a text that did not before.
     Raises ModelError as `from_layer` does.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int) -> None:
+    def __init__(self, lm: LanguageModel, layer: int, down: bool = False) -> None:
         self._lm, self._layer = lm, layer
-        self._module = resumable(lm, layer)[layer]
-        self._known: dict[tuple[int, ...], Tensor] = {}  # ids -> [T, d]
+        self._layers = resumable(lm, layer)
+        self._down = lm.anatomy.mlp_down[layer] if down and lm.anatomy.writes_straight else None
+        self._known: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # ids -> [T, ..] each
 
     @property
     def nbytes(self) -> int:
         """Memory that is taken."""
-        return sum(states.nbytes for states in self._known.values())
+        return sum(part.nbytes for parts in self._known.values() for part in parts)
 
     def running(self, texts: Sequence[Encoded]) -> AbstractContextManager[object]:
         """To be entered while `lm.batch(texts).without_last()` runs, once, without a graph and with `use_cache=False`."""
         known = [self._known[text.ids] for text in texts if text.ids in self._known]
         if len(known) < len(texts):
             return self._learning(texts)
-        return from_layer(self._lm, self._layer, pad_sequence(known, batch_first=True))
+        parts = [pad_sequence(list(part), batch_first=True) for part in zip(*known, strict=True)]
+        return from_layer(self._lm, self._layer, *parts) if self._down is None else self._from_down(*parts)
 
     @contextmanager
     def _learning(self, texts: Sequence[Encoded]) -> Iterator[None]:
-        with entering(self._module) as seen:
+        model, layer, down = self._lm.model, self._layer, self._down
+        if down is None:
+            with entering(self._layers[layer]) as seen:
+                yield
+            parts = [seen[0]]
+        else:
+            path = self._lm.anatomy.layers[layer]
+            with capture(model, {"keys": down}, inputs=True) as given, capture(model, {"values": down, "states": path}) as made:
+                yield
+            parts = [made["states"] - made["values"], given["keys"]]
+        for row, text in enumerate(texts):
+            self._known[text.ids] = tuple(part[row, : len(text.ids) - 1] for part in parts)
+
+    @contextmanager
+    def _from_down(self, others: Tensor, keys: Tensor) -> Iterator[None]:
+        """others [B, T, d]: what the layer makes without its MLP; keys [B, T, d_in]: what the down-projection is given."""
+        down, outputs = submodule(self._lm.model, self._down or ""), self._lm.anatomy.layer_outputs
+        with ExitStack() as stack:
+            for module in self._layers[: self._layer]:
+                stack.enter_context(_skipped(module, outputs))
+            stack.enter_context(_skipped(self._layers[self._layer], outputs, lambda _: others + down(keys)))
             yield
-        for text, states in zip(texts, seen[0], strict=True):
-            self._known[text.ids] = states[: len(text.ids) - 1]
 
 
 @contextmanager
@@ -164,10 +187,12 @@ def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:
 
 
 @contextmanager
-def _skipped(module: nn.Module, outputs: int) -> Iterator[None]:
-    """`module` hands on its hidden states, in the form its own output has: a tensor (0), or a tuple of so many."""
+def _skipped(module: nn.Module, outputs: int, made: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """`module` hands on its hidden states, or what is `made` of them, in the form of its own output: a tensor (0), or a tuple of so many."""
 
     def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        if made is not None:
+            hidden_states = made(hidden_states)
         return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
 
     before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate, for one, puts its own there
