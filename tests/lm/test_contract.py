@@ -25,6 +25,8 @@ FACTS = (
     Fact("{}的首都是", "日本", "北京大学"),
     Fact("Where does {} lie? Far away from here, in", "Lyon", "Japan and in Zürich"),
 )
+APART = ("opt", "bloom")
+"""Whose MLPs run everywhere: OPT's is no module, BLOOM's takes the residual too."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -136,7 +138,6 @@ def test_the_head_sees_only_rows_with_a_target(lm: LanguageModel) -> None:
 @torch.no_grad()
 def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(name: str, lm: LanguageModel) -> None:
     batch, before = batch_of(lm), state_of(lm)
-    assert (lm.last_mlp is None) == (name in ("opt", "bloom"))  # OPT's is no module, BLOOM's takes the residual too
     path = lm.anatomy.mlp_down[-1]
     module, ran = lm.model.get_submodule(path), []
     forward = module.forward
@@ -151,7 +152,7 @@ def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(na
     with capture(lm.model, {"h": lm.anatomy.layers[-1]}):
         asked(True)
     whole = batch.input_ids.numel()
-    assert ran == [whole if lm.last_mlp is None else int(batch.mask.sum()), *[whole] * 3]
+    assert ran == [whole if name in APART else int(batch.mask.sum()), *[whole] * 3]
     torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     del module.forward
     assert_untouched(lm, before)

@@ -18,7 +18,7 @@ from errata.lm.anatomy import Anatomy, find_anatomy
 from errata.lm.asking import asking, has_memory, prefaced
 from errata.lm.errors import ModelError
 from errata.lm.own import Within, mapped, within_of
-from errata.lm.places import find_last_mlp, only_at
+from errata.lm.places import only_at
 from errata.lm.sampling import Sampling
 from errata.lm.tokens import Batch, Encoded, collate, decode, encode_all
 
@@ -79,11 +79,6 @@ class LanguageModel:
     def anatomy(self) -> Anatomy:
         """Where things are; found at first use. Raises ModelError for a model that cannot be edited."""
         return find_anatomy(self.model)
-
-    @cached_property
-    def last_mlp(self) -> str | None:
-        """Path of the last layer's MLP, where it can be run at some tokens alone; found at first use."""
-        return find_last_mlp(self)
 
     @cached_property
     def fingerprint(self) -> str:

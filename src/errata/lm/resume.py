@@ -188,7 +188,7 @@ def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:
 
 @contextmanager
 def _skipped(module: nn.Module, outputs: int, made: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-    """`module` hands on its hidden states, or what is `made` of them, in the form of its own output: a tensor (0), or a tuple of so many."""
+    """`module` hands on its hidden states, or what is `made` of them, in its output's own form: a tensor (0), or a tuple of so many."""
 
     def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         if made is not None:
