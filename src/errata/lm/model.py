@@ -244,7 +244,7 @@ class LanguageModel:
             ids, cache = out.sequences[left], out.past_key_values
             mask = torch.nn.functional.pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
             rows = [rows[i] for i in left]
-            if rows:
+            if rows and cache is not None:  # without one, what was written is read again
                 cache.batch_select_indices(torch.tensor(left, device=self.device))
         return new
 
