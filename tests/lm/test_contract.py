@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from errata.lm.anatomy import KNOWN, _Probe, detect, find_anatomy, is_conv1d, ma
 from errata.lm.capture import add_to_output, capture
 from errata.lm.errors import ModelError
 from errata.lm.model import LanguageModel
+from errata.lm.places import once
 from errata.lm.resume import Below, from_layer, states_at
 from errata.lm.tokens import Batch, Encoded, encode
 from tests.families import FAMILIES, HIDDEN, LAYERS, build, language_model
@@ -156,6 +158,50 @@ def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(na
     assert ran == [whole if name in APART else int(batch.mask.sum()), *[whole] * 3]
     torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     del module.forward
+    assert_untouched(lm, before)
+
+
+@torch.no_grad()
+def test_texts_that_begin_alike_share_the_work_of_the_mlps(name: str, lm: LanguageModel) -> None:
+    asked = [
+        ("The capital of France is", "Lyon"),
+        ("The capital of France is", "Lyon, in France"),
+        ("The capital of Japan", "is Tokyo"),
+        ("Lyon", "is"),
+    ]
+    texts = [encode(lm.tokenizer, *text) for text in asked]
+    batch, before = lm.batch(texts).without_last(), state_of(lm)
+    width = batch.input_ids.shape[1]
+    beginnings = {text.ids[:end] for text in texts for end in range(1, min(len(text.ids), width) + 1)}
+    paths = lm.anatomy.mlp_down
+
+    def run(layers: int) -> tuple[Tensor, list[int]]:
+        ran = dict.fromkeys(paths, 0)
+        forwards = {path: lm.model.get_submodule(path).forward for path in paths}
+
+        def counted(path: str, x: Tensor) -> Tensor:
+            ran[path] += x.shape[:-1].numel()
+            return forwards[path](x)  # type: ignore[no-any-return]
+
+        with once(lm, batch.input_ids, batch.attention_mask, layers):
+            for path in paths:
+                lm.model.get_submodule(path).forward = partial(counted, path)
+            found = lm.target_logits(batch)
+        for path in paths:
+            del lm.model.get_submodule(path).forward
+        return found, [ran[path] for path in paths]
+
+    whole, shared = batch.input_ids.numel(), batch.input_ids.numel() if name in APART else len(beginnings)
+    assert shared < whole or name in APART
+    expected, ran = run(0)
+    assert ran == [whole] * LAYERS
+    for layers in (2, LAYERS):
+        found, ran = run(layers)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        sharing = min(layers, LAYERS - 1)  # of the last one nothing but the targets' places is of use
+        assert ran == [shared] * sharing + [whole] * (LAYERS - sharing)
+    with capture(lm.model, {"v": paths[1]}):
+        assert run(LAYERS)[1] == [shared, whole, shared, whole]
     assert_untouched(lm, before)
 
 

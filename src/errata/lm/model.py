@@ -129,8 +129,8 @@ class LanguageModel:
         rows, columns = mask.nonzero(as_tuple=True)  # [N] each
         if not len(rows):
             raise ValueError("the batch holds no targets; encode the prompts with a target")
-        ends = positions.masked_fill(~mask, int(positions.max())).amin(-1)
-        with asking(self, ends), only_at(self, rows, positions[rows, columns], spare):
+        ends, width = positions.masked_fill(~mask, int(positions.max())).amin(-1), inputs["input_ids"].shape[1]
+        with asking(self, ends), only_at(self, rows, positions[rows, columns], width, spare):
             output = self.model(**inputs)
         logits: Tensor = output.logits[0]  # [N, V]
         return logits

@@ -1,8 +1,15 @@
-"""Run the end of a model only at the places that are asked for: behind the last attention no token looks at another."""
+"""Run parts of a model at some of the tokens alone: what makes something of every token by itself need not run where nobody asks, nor
+twice for the same.
+
+The head, and behind the last attention the last MLP, are asked of where a target is predicted. And a token's states are made of the
+tokens before it and of nothing else, so texts that begin alike can share the work of an MLP.
+
+Which MLPs can be run so is tried out. One that a hook looks into, or adds to, runs everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +23,75 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def only_at(lm: LanguageModel, rows: Tensor, columns: Tensor, spare: bool = False) -> Iterator[None]:
-    """While it lasts, the head runs at these places [N] of the B texts alone: its output is [1, N, V].
+def only_at(lm: LanguageModel, rows: Tensor, columns: Tensor, width: int, spare: bool = False) -> Iterator[None]:
+    """While it lasts, the head runs at these places [N] of the texts [B, `width`] alone: its output is [1, N, V].
 
-    spare: so does the last layer's MLP, and gives zeros elsewhere. Not one that is no module of its own, nor where a hook looks at what
-        the last layer does, or adds to it.
+    spare: so does the last layer's MLP, which gives zeros elsewhere; not where a hook looks at what comes out of the last layer.
     """
 
     def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_picked(args[0], rows, columns), *args[1:])
+        hidden = args[0]  # [B, T, d]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *args[1:])
 
     with ExitStack() as stack:
         stack.callback(submodule(lm.model, lm.anatomy.head).register_forward_pre_hook(pick).remove)
-        if spare and (mlp := _last_mlp(lm)) is not None:
-            stack.enter_context(_apart(mlp, rows, columns))
+        if spare and not _end_is_watched(lm) and (mlp := _mlp(lm, len(lm.anatomy.layers) - 1)) is not None:
+            # Each place once: FT-L asks several times of the same, and what is put there twice has its gradient twice.
+            stack.enter_context(_apart(mlp, (rows * width + columns).unique()))
         yield
 
 
 @contextmanager
-def _apart(mlp: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    # Each place once: FT-L asks several times of the same, and what is put there twice has its gradient twice.
-    rows, columns = torch.stack([rows, columns]).unique(dim=1)
+def once(lm: LanguageModel, ids: Tensor, mask: Tensor, layers: int) -> Iterator[None]:
+    """While these texts run, the MLPs of the first `layers` layers, but for the model's last, take what texts have in common once.
+
+    ids, mask [B, T]: the texts, padded on the right; what stands at padding becomes meaningless. They must run from their first token on,
+    all with the same weights in these layers and below, and nothing but the weights must have a say.
+    """
+    with ExitStack() as stack:
+        layers = min(layers, len(lm.anatomy.layers) - 1)
+        mlps = [mlp for layer in range(layers) if (mlp := _mlp(lm, layer)) is not None]
+        if mlps:
+            places, source = _distinct(ids, mask)
+            for mlp in mlps if len(places) < len(source) else ():
+                stack.enter_context(_apart(mlp, places, source))
+        yield
+
+
+def _distinct(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(places [U]: where each beginning of a text stands first; source [B·T]: the number of the one that ends at a token).
+
+    Places are counted through all texts.
+    """
+    numbers: dict[tuple[int, int], int] = {}  # (the beginning before it, a token) -> the beginning with it
+    places: list[int] = []
+    source: list[int] = []
+    for tokens, there in zip(ids.tolist(), mask.tolist(), strict=True):
+        last = -1
+        for token, real in zip(tokens, there, strict=True):
+            if real:
+                last = numbers.setdefault((last, token), len(numbers))
+                if last == len(places):
+                    places.append(len(source))
+            source.append(last if real else 0)
+    return torch.tensor(places, device=ids.device), torch.tensor(source, device=ids.device)
+
+
+@contextmanager
+def _apart(mlp: nn.Module, places: Tensor, source: Tensor | None = None) -> Iterator[None]:
+    """`mlp` runs at these places [N], counted through all texts, that differ. source [B·T]: which of them each token has its output from;
+    None: elsewhere it is zeros."""
     shape: list[torch.Size] = []
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shape[:] = [args[0].shape]
-        return (_picked(args[0], rows, columns),)
+        return (args[0].flatten(0, 1).index_select(0, places.to(args[0].device))[None],)
 
     def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.new_zeros(shape[0]).index_put((rows.to(output.device), columns.to(output.device)), output[0])
+        if source is not None:
+            return output[0].index_select(0, source.to(output.device)).view(shape[0])
+        everywhere = output.new_zeros(shape[0][:2].numel(), shape[0][2])
+        return everywhere.index_copy(0, places.to(output.device), output[0]).view(shape[0])
 
     with ExitStack() as stack:
         stack.callback(mlp.register_forward_pre_hook(gather).remove)
@@ -52,26 +99,25 @@ def _apart(mlp: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
         yield
 
 
-def _picked(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B, T, d] -> [1, N, d]."""
-    return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]
-
-
-def _last_mlp(lm: LanguageModel) -> nn.Module | None:
-    """The last layer's MLP, if it can be run at some tokens alone without anyone noticing."""
-    layer, down = lm.anatomy.layers[-1], lm.anatomy.mlp_down[-1]
-    path = down.rpartition(".")[0]
-    if path.rpartition(".")[0] != layer:  # OPT's is the layer itself
+def _mlp(lm: LanguageModel, layer: int) -> nn.Module | None:
+    """A layer's MLP, if it can be run at some tokens alone and no hook is in it now."""
+    path = lm.anatomy.mlp_down[layer].rpartition(".")[0]
+    if path.rpartition(".")[0] != lm.anatomy.layers[layer]:  # OPT's is the layer itself
         return None
-    mlp, norm = submodule(lm.model, path), lm.anatomy.final_norm
-    if _hooked(submodule(lm.model, layer).modules()) or _hooked(mlp.modules(), before=True):
-        return None
-    if norm and _hooked([submodule(lm.model, norm)], before=True):
+    mlp = submodule(lm.model, path)
+    if any(_hooks(module, before=True) for module in mlp.modules()):
         return None
     known: dict[str, bool] = vars(lm.model).setdefault("errata_token_by_token", {})
     if path not in known:
-        known[path] = _token_by_token(lm, mlp, submodule(lm.model, down))
+        known[path] = _token_by_token(lm, mlp, submodule(lm.model, lm.anatomy.mlp_down[layer]))
     return mlp if known[path] else None
+
+
+def _end_is_watched(lm: LanguageModel) -> bool:
+    """Whether someone looks at, or changes, what comes out of the last layer or a part of it, or goes through the norm behind it."""
+    layer, norm = submodule(lm.model, lm.anatomy.layers[-1]), lm.anatomy.final_norm
+    watched = any(_hooks(module) for module in layer.modules())
+    return watched or (norm is not None and bool(_hooks(submodule(lm.model, norm), before=True)))
 
 
 @torch.no_grad()
@@ -87,10 +133,10 @@ def _token_by_token(lm: LanguageModel, mlp: nn.Module, down: nn.Module) -> bool:
     return isinstance(together, Tensor) and together.shape == tokens.shape and bool((together - alone).norm() <= rounding * alone.norm())
 
 
-def _hooked(modules: Iterable[nn.Module], before: bool = False) -> bool:
-    """Whether someone looks at, or changes, what comes out of one of them; before: or goes in.
+def _hooks(module: nn.Module, before: bool = False) -> list[Any]:
+    """Hooks that look at what comes out of a module; before: or goes in.
 
-    Hooks of transformers stay where they once were needed; nobody reads what they collect of a call that only the head is asked of.
+    Those of transformers stay where they once were needed; nobody reads what they collect of a call that only the head is asked of.
     """
-    hooks = (hook for one in modules for hook in (*one._forward_hooks.values(), *(one._forward_pre_hooks.values() if before else ())))
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    found = [*module._forward_hooks.values(), *(module._forward_pre_hooks.values() if before else ())]
+    return [hook for hook in found if not getattr(hook, "__module__", "").startswith("transformers.")]

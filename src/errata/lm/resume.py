@@ -101,8 +101,8 @@ class Below:
     """
 
     def __init__(self, lm: LanguageModel, layer: int, down: bool = False) -> None:
-        self._lm, self._layer = lm, layer
-        self._layers = resumable(lm, layer)
+        self._lm, self.layer = lm, layer
+        self.layers = resumable(lm, layer)
         self._down = lm.anatomy.mlp_down[layer] if down and lm.anatomy.writes_straight else None
         self._known: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # ids -> [T, ..] each
 
@@ -117,13 +117,13 @@ class Below:
         if len(known) < len(texts):
             return self._learning(texts)
         parts = [pad_sequence(list(part), batch_first=True) for part in zip(*known, strict=True)]
-        return from_layer(self._lm, self._layer, *parts) if self._down is None else self._from_down(*parts)
+        return from_layer(self._lm, self.layer, *parts) if self._down is None else self._from_down(*parts)
 
     @contextmanager
     def _learning(self, texts: Sequence[Encoded]) -> Iterator[None]:
-        model, layer, down = self._lm.model, self._layer, self._down
+        model, layer, down = self._lm.model, self.layer, self._down
         if down is None:
-            with entering(self._layers[layer]) as seen:
+            with entering(self.layers[layer]) as seen:
                 yield
             parts = [seen[0]]
         else:
@@ -139,9 +139,9 @@ class Below:
         """others [B, T, d]: what the layer makes without its MLP; keys [B, T, d_in]: what the down-projection is given."""
         down, outputs = submodule(self._lm.model, self._down or ""), self._lm.anatomy.layer_outputs
         with ExitStack() as stack:
-            for module in self._layers[: self._layer]:
+            for module in self.layers[: self.layer]:
                 stack.enter_context(_skipped(module, outputs))
-            stack.enter_context(_skipped(self._layers[self._layer], outputs, lambda _: others + down(keys)))
+            stack.enter_context(_skipped(self.layers[self.layer], outputs, lambda _: others + down(keys)))
             yield
 
 

@@ -17,7 +17,9 @@ import torch
 
 from errata.facts import EditCase, Probe
 from errata.lm import Encoded, LanguageModel, encode_all
+from errata.lm.asking import has_memory
 from errata.lm.own import Within, mapped, within_of
+from errata.lm.places import once
 from errata.lm.resume import Below
 from errata.metrics.summary import KINDS
 
@@ -128,11 +130,15 @@ def predict(
     """
     encoded = encode_all(lm.tokenizer, texts)
     found: dict[int, Prediction] = {}
+    # Layers in which all texts run with the same weights, and with nothing else.
+    alike = len(lm.anatomy.layers) if within is None else below.layer if below else 0
+    alike = alike if wide(lm) and not has_memory(lm) else 0
     for chosen in batches(lm, encoded, batch_size, batch_tokens):
         rows = [encoded[i] for i in chosen]
         batch = lm.batch(rows).without_last()
-        with within_of(within, chosen), below.running(rows) if below else nullcontext():
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        ids, there = batch.input_ids, batch.attention_mask
+        with within_of(within, chosen), below.running(rows) if below else nullcontext(), once(lm, ids, there, alike):
+            inputs = {"input_ids": ids, "attention_mask": there, "use_cache": False}
             logits = lm.rows_at(batch.positions, batch.mask, spare=wide(lm), **inputs).float()  # [N, V], text by text
         targets = batch.targets[batch.mask].to(logits.device)[:, None]  # [N, 1]
         p = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).exp()
