@@ -10,7 +10,7 @@ One by one is what `errata bench` does with `batch: 1`: ask the unedited model, 
 generation), revert. In batches is what it does otherwise. The cases one by one are as many of the first of the others as `--alone` says.
 Some cases at the end of the split are for warming up and are not counted, nor is the start of the workers (each has an even share of the
 threads; one by one has them all). editing, measuring, asking: how many times as fast each part is, of workers times their number; asking
-is what is left: the unedited model, for the most part.
+is what is left: the unedited model for the most part, and workers that wait for the last one.
 
 Without --one-run the unedited model is asked anew for every line of the table, in both ways. With it, it is asked once for all objectives,
 as `errata bench` does, in both ways; and in batches the second one finds what runs before the edit of the first can be felt.

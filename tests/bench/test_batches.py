@@ -95,7 +95,7 @@ def test_what_rows_share_changes_nothing(lm: LanguageModel, monkeypatch: pytest.
         ran.clear()
         return untimed(batches.lines(row, *module.parts("ft-m", "ce", SETTINGS), lm, cases, before)), len(ran)
 
-    one, other = cases("France", "Japan", "Russia"), cases("Lyon", "Paris")
+    one = cases("France", "Japan", "Russia")
     alone, calls = made(batches.Before(), one)
     shared = batches.Before()
     assert made(shared, one) == (alone, calls)
@@ -104,10 +104,24 @@ def test_what_rows_share_changes_nothing(lm: LanguageModel, monkeypatch: pytest.
     known = batches.Before()
     known.said = shared.said
     assert made(known, one)[1] > fewer, "what it says is not all that is shared"
+    assert made(shared, cases("Russia", "Lyon"))[0] == made(batches.Before(), cases("Russia", "Lyon"))[0], "some are known"
     monkeypatch.setattr(batches, "KEPT", 0)
-    assert made(shared, other) == made(batches.Before(), other)
-    assert made(shared, one) == (alone, fewer)
+    whole = batches.Before()
+    assert made(whole, one)[0] == alone and made(whole, one)[1] > fewer, "there is no room"
     handle.remove()
+
+
+@pytest.mark.parametrize("lr", [1e10, 1e37])
+def test_an_edit_that_breaks_the_model_leaves_the_rows_after_it_alone(lm: LanguageModel, lr: float) -> None:
+    row, wild = PLAN.rows[0], {"ft-m": {**SETTINGS["ft-m"], "lr": lr}}
+    before = batches.Before()
+    broken = batches.lines(row, *module.parts("ft-m", "ce", wild), lm, cases("France", "Japan", "Russia"), before)
+    assert not any("error" in line for line in broken)
+    method, objective = module.parts("ft-m", "ce", SETTINGS)
+    after, fresh = (
+        batches.lines(row, method, objective, lm, cases("France", "Japan", "Russia"), one) for one in (before, batches.Before())
+    )
+    assert untimed(after) == untimed(fresh)
 
 
 def test_size_is_chosen_from_memory_and_kept(tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,10 +152,12 @@ def test_the_last_mlp_runs_only_where_something_is_asked_unless_someone_looks(na
     spared, plain = asked(True), asked(False)
     with capture(lm.model, {"v": path}):
         asked(True)
-    with capture(lm.model, {"h": lm.anatomy.layers[-1]}):
-        asked(True)
+    others = [lm.anatomy.layers[-1], lm.anatomy.final_norm, lm.anatomy.head]
+    for other in others:
+        with capture(lm.model, {"h": str(other)}, inputs=other != lm.anatomy.layers[-1]):
+            asked(True)
     whole = batch.input_ids.numel()
-    assert ran == [whole if name in APART else int(batch.mask.sum()), *[whole] * 3]
+    assert ran == [whole if name in APART else int(batch.mask.sum()), *[whole] * (2 + len(others))]
     torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     del module.forward
     assert_untouched(lm, before)
@@ -201,7 +203,7 @@ def test_texts_that_begin_alike_share_the_work_of_the_mlps(name: str, lm: Langua
         sharing = min(layers, LAYERS - 1)  # of the last one nothing but the targets' places is of use
         assert ran == [shared] * sharing + [whole] * (LAYERS - sharing)
     with capture(lm.model, {"v": paths[1]}):
-        assert run(LAYERS)[1] == [shared, whole, shared, whole]
+        assert run(LAYERS)[1] == [shared, *[whole] * 3]
     assert_untouched(lm, before)
 
 

@@ -40,8 +40,8 @@ TOKENS = 64
 """Of an edit's text, for the memory it takes."""
 ROWS = 128
 """Texts in a batch of the measurement."""
-KEPT = 2**29
-"""Bytes of what runs before an edit can be felt, for the rows to come."""
+KEPT = 2**28
+"""Bytes of what runs before an edit of one place can be felt, for its own measurement and the rows to come."""
 
 
 def edits_together(method: object) -> bool:
@@ -69,28 +69,24 @@ def even(edits: int, most: int) -> int:
 
 
 class Before:
-    """What is known of the unedited model, once for all rows.
+    """What is known of the unedited model, once for all rows: what it says, and what runs in it before an edit can be felt.
 
-    said: case id -> what it says on the case's locality probes.
+    said: case id -> its answers to the case's locality probes.
     """
 
     def __init__(self) -> None:
         self.said: dict[str, teacher_forced.Tokens] = {}
-        self._below: dict[tuple[tuple[int, bool], tuple[str, ...]], Below] = {}
+        self._below: dict[tuple[int, bool], Below] = {}
 
-    def below(self, lm: LanguageModel, edits: Sequence[Edit], cases: Sequence[EditCase]) -> Below | None:
-        """What runs before one of the edits can be felt, for the cases' texts; None where nothing is spared.
-
-        It is kept for the rows to come, as far as there is room.
-        """
+    def below(self, lm: LanguageModel, edits: Sequence[Edit]) -> Below | None:
+        """What runs before one of the edits can be felt; None where nothing is spared."""
         felt = lowest(lm, edits)
-        if felt is None or felt == (0, False) or not can_resume(lm):
+        if felt is None or not can_resume(lm):
             return None
-        about = felt, tuple(case.id for case in cases)
-        found = self._below.get(about) or Below(lm, *felt)
-        if sum(one.nbytes for one in self._below.values()) < KEPT:
-            self._below[about] = found
-        return found
+        layer, down = felt[0], felt[1] and lm.anatomy.writes_straight
+        if not layer and not down:
+            return None
+        return self._below.setdefault((layer, down), Below(lm, layer, down, KEPT))
 
 
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:
@@ -138,7 +134,7 @@ def _measured(
     """Case id -> its outcome and the seconds it took; what cannot be measured goes into `wrong`. Cases with questions go one by
     one; in half precision all do, with each edit written into the weights."""
     beside = [case for case in cases if wide(lm) and not case.questions and can_stand_beside(edits[case.id])]
-    below = before.below(lm, [edits[case.id] for case in beside], cases)
+    below = before.below(lm, [edits[case.id] for case in beside])
     wrong |= _unedited(lm, cases, before.said, below)
     beside = [case for case in beside if case.id not in wrong]
     found: dict[str, tuple[dict[str, Any], float]] = {}

@@ -1,9 +1,7 @@
-"""The memory of a process: how much of it an edit took at its peak, and what the process keeps of it."""
+"""How much memory an edit took at its peak."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import psutil
 import torch
 
 MB = 1024 * 1024
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def watch_peak(device: torch.device) -> Callable[[], float]:
@@ -39,24 +36,3 @@ def _high_water_mark() -> float:
 
 def _resident() -> float:
     return float(psutil.Process().memory_info().rss) / MB
-
-
-def keep_freed() -> None:
-    """Keep what is freed for what comes next, in a process that does nothing but one kind of work.
-
-    glibc gives a large block back to the system as soon as it is freed, and the system clears every page of the next one: a tenth of the
-    time of small models on a CPU. Without glibc nothing changes.
-    """
-    if set_option := getattr(_libc(), "mallopt", None):
-        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 * MB)):
-            set_option(option, value)
-
-
-def give_back() -> None:
-    """Give what was kept back to the system: what comes next is to be measured without it."""
-    if trim := getattr(_libc(), "malloc_trim", None):
-        trim(0)
-
-
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None

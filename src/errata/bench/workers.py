@@ -21,7 +21,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from errata.bench.folder import Record
-from errata.bench.memory import give_back, keep_freed
 from errata.bench.plan import PlanError
 from errata.bench.tasks import Task, Work
 
@@ -167,18 +166,12 @@ def _serve(connection: Connection, begin: Callable[[], Work]) -> None:
     """What a process does: tasks, until nobody is there to give them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where they cannot be blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    keep_freed()
     with suppress(EOFError, ConnectionError):
         connection.send(("begun", None))
         try:
             work = begin()
-            row = None
             while True:
-                task = connection.recv()
-                if task.row != row:
-                    give_back()  # the peak of a row is its own
-                    row = task.row
-                for record in work(task):
+                for record in work(connection.recv()):
                     connection.send(("line", record))
                     connection.recv()
                 connection.send(("done", None))

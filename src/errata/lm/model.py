@@ -27,7 +27,7 @@ _HASH_SAMPLE = 1 << 16  # … larger ones as about so many, evenly spaced
 # What changes when the same model is saved, loaded or run in another way.
 _VOLATILE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
-_MANY = 8  # rows of a batch that are worth going on without
+_MANY = 8  # rows, from which on it is worth while to go on without those that have ended
 
 
 class LanguageModel:
@@ -68,6 +68,11 @@ class LanguageModel:
         """The type of the weights."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether rounding stays in the last digits (float32 and wider). In half precision it may change an answer."""
+        return self.dtype in (torch.float32, torch.float64)
 
     @property
     def pad_id(self) -> int:
@@ -210,7 +215,7 @@ class LanguageModel:
             return new
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        leave = not sampling and self.dtype in (torch.float32, torch.float64) and not has_memory(self)
+        leave = not sampling and self.is_wide and not has_memory(self)
         ends = _Ends(self.tokenizer, self._end_ids(), stop_at_newline, leave)
         drawn = LogitsProcessorList([sampling] if sampling else [])
         rows, cache = list(range(len(prompts))), None

@@ -4,7 +4,7 @@ twice for the same.
 The head, and behind the last attention the last MLP, are asked of where a target is predicted. And a token's states are made of the
 tokens before it and of nothing else, so texts that begin alike can share the work of an MLP.
 
-Which MLPs can be run so is tried out. One that a hook looks into, or adds to, runs everywhere.
+Which MLPs can be run so is tried out. Where a hook looks at what happens, or changes it, they run everywhere.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 def only_at(lm: LanguageModel, rows: Tensor, columns: Tensor, width: int, spare: bool = False) -> Iterator[None]:
     """While it lasts, the head runs at these places [N] of the texts [B, `width`] alone: its output is [1, N, V].
 
-    spare: so does the last layer's MLP, which gives zeros elsewhere; not where a hook looks at what comes out of the last layer.
+    spare: so does the last layer's MLP, which gives zeros elsewhere; not where a hook could see that, nor in half precision, where it
+        changes more than the last digits.
     """
+    last = len(lm.anatomy.layers) - 1
+    mlp = _mlp(lm, last) if spare and lm.is_wide and not _end_is_watched(lm) else None
 
     def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]  # [B, T, d]
@@ -35,7 +38,7 @@ def only_at(lm: LanguageModel, rows: Tensor, columns: Tensor, width: int, spare:
 
     with ExitStack() as stack:
         stack.callback(submodule(lm.model, lm.anatomy.head).register_forward_pre_hook(pick).remove)
-        if spare and not _end_is_watched(lm) and (mlp := _mlp(lm, len(lm.anatomy.layers) - 1)) is not None:
+        if mlp is not None:
             # Each place once: FT-L asks several times of the same, and what is put there twice has its gradient twice.
             stack.enter_context(_apart(mlp, (rows * width + columns).unique()))
         yield
@@ -45,12 +48,20 @@ def only_at(lm: LanguageModel, rows: Tensor, columns: Tensor, width: int, spare:
 def once(lm: LanguageModel, ids: Tensor, mask: Tensor, layers: int) -> Iterator[None]:
     """While these texts run, the MLPs of the first `layers` layers, but for the model's last, take what texts have in common once.
 
+    Up to the first layer in which there is a hook: it may treat one text in another way than the next.
+
     ids, mask [B, T]: the texts, padded on the right; what stands at padding becomes meaningless. They must run from their first token on,
-    all with the same weights in these layers and below, and nothing but the weights must have a say.
+    all with the same weights in these layers and below.
     """
+    mlps: list[nn.Module] = []
+    below = [lm.model.get_input_embeddings()]
+    for layer in range(min(layers, len(lm.anatomy.layers) - 1)):
+        below = [*below, *submodule(lm.model, lm.anatomy.layers[layer]).modules()]
+        if any(_hooks(module, before=True) for module in below):
+            break
+        mlps += [mlp] if (mlp := _mlp(lm, layer)) is not None else []
+        below = []
     with ExitStack() as stack:
-        layers = min(layers, len(lm.anatomy.layers) - 1)
-        mlps = [mlp for layer in range(layers) if (mlp := _mlp(lm, layer)) is not None]
         if mlps:
             places, source = _distinct(ids, mask)
             for mlp in mlps if len(places) < len(source) else ():
@@ -85,7 +96,7 @@ def _apart(mlp: nn.Module, places: Tensor, source: Tensor | None = None) -> Iter
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shape[:] = [args[0].shape]
-        return (args[0].flatten(0, 1).index_select(0, places.to(args[0].device))[None],)
+        return (args[0].flatten(0, 1).index_select(0, places.to(args[0].device))[None], *args[1:])
 
     def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         if source is not None:
@@ -107,17 +118,18 @@ def _mlp(lm: LanguageModel, layer: int) -> nn.Module | None:
     mlp = submodule(lm.model, path)
     if any(_hooks(module, before=True) for module in mlp.modules()):
         return None
-    known: dict[str, bool] = vars(lm.model).setdefault("errata_token_by_token", {})
-    if path not in known:
-        known[path] = _token_by_token(lm, mlp, submodule(lm.model, lm.anatomy.mlp_down[layer]))
-    return mlp if known[path] else None
+    known: dict[str, tuple[nn.Module, bool]] = vars(lm.model).setdefault("errata_token_by_token", {})
+    if path not in known or known[path][0] is not mlp:
+        known[path] = mlp, _token_by_token(lm, mlp, submodule(lm.model, lm.anatomy.mlp_down[layer]))
+    return mlp if known[path][1] else None
 
 
 def _end_is_watched(lm: LanguageModel) -> bool:
-    """Whether someone looks at, or changes, what comes out of the last layer or a part of it, or goes through the norm behind it."""
-    layer, norm = submodule(lm.model, lm.anatomy.layers[-1]), lm.anatomy.final_norm
-    watched = any(_hooks(module) for module in layer.modules())
-    return watched or (norm is not None and bool(_hooks(submodule(lm.model, norm), before=True)))
+    """Whether someone looks at, or changes, what comes out of the last layer or a part of it, or goes on from there to the head."""
+    layer = submodule(lm.model, lm.anatomy.layers[-1])
+    behind = [submodule(lm.model, path) for path in (lm.anatomy.final_norm, lm.anatomy.head) if path]
+    ends = [*layer.modules(), lm.model.get_decoder()]
+    return any(_hooks(module) for module in ends) or any(_hooks(module, before=True) for module in behind)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ business. Only, while the context lasts, the layers below L hand on what they ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from errata.lm.capture import capture, submodule
+from errata.lm.capture import first, submodule, with_first
 from errata.lm.errors import ModelError
 from errata.lm.tokens import Batch, Encoded
 
@@ -63,12 +64,7 @@ def from_layer(lm: LanguageModel, layer: int, states: Tensor) -> Iterator[Callab
     layers = resumable(lm, layer)
 
     def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = args[0] if args else kwargs["hidden_states"]
-        if given.shape != states.shape:
-            raise ModelError(
-                f"the cached states are {list(states.shape)} but the batch gives {list(given.shape)}; call with the batch they came from"
-            )
-        cached = states.to(given.device)
+        cached = _of_this_batch(states, args[0] if args else kwargs["hidden_states"])
         return ((cached, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cached})
 
     def begin(stack: ExitStack) -> None:
@@ -95,54 +91,77 @@ class Below:
 
     layer: the lowest that is changed. down: nothing of it is changed but its MLP's down-projection, so what that one is given is kept, if
         the MLP writes straight into the residual stream; elsewhere what enters the layer.
+    room: bytes that may be kept; texts beyond it run whole.
 
     Nothing else may change meanwhile, and nothing may stand in front of a text that did not before.
     Raises ModelError as `from_layer` does.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, down: bool = False) -> None:
-        self._lm, self.layer = lm, layer
-        self.layers = resumable(lm, layer)
-        self._down = lm.anatomy.mlp_down[layer] if down and lm.anatomy.writes_straight else None
-        self._known: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # ids -> [T, ..] each
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that is taken."""
-        return sum(part.nbytes for parts in self._known.values() for part in parts)
+    def __init__(self, lm: LanguageModel, layer: int, down: bool = False, room: float = math.inf) -> None:
+        self._lm, self.layer, self._room = lm, layer, room
+        self._layers = resumable(lm, layer)
+        self._down = submodule(lm.model, lm.anatomy.mlp_down[layer]) if down and lm.anatomy.writes_straight else None
+        self._known: dict[tuple[int, ...], list[Tensor]] = {}  # ids -> [T, ..] each
+        self.nbytes = 0
 
     def running(self, texts: Sequence[Encoded]) -> AbstractContextManager[object]:
-        """To be entered while `lm.batch(texts).without_last()` runs, once, without a graph and with `use_cache=False`."""
+        """To be entered while `lm.batch(texts).without_last()` runs, once, without a graph and with `use_cache=False`; behind what adds to
+        the down-projection through a hook."""
         known = [self._known[text.ids] for text in texts if text.ids in self._known]
         if len(known) < len(texts):
             return self._learning(texts)
         parts = [pad_sequence(list(part), batch_first=True) for part in zip(*known, strict=True)]
-        return from_layer(self._lm, self.layer, *parts) if self._down is None else self._from_down(*parts)
+        return from_layer(self._lm, self.layer, *parts) if self._down is None else self._from_down(self._down, *parts)
 
     @contextmanager
     def _learning(self, texts: Sequence[Encoded]) -> Iterator[None]:
-        model, layer, down = self._lm.model, self.layer, self._down
-        if down is None:
-            with entering(self.layers[layer]) as seen:
-                yield
-            parts = [seen[0]]
-        else:
-            path = self._lm.anatomy.layers[layer]
-            with capture(model, {"keys": down}, inputs=True) as given, capture(model, {"values": down, "states": path}) as made:
-                yield
-            parts = [made["states"] - made["values"], given["keys"]]
+        layer = self._layers[self.layer]
+        with entering(layer) if self._down is None else _apart_from(layer, self._down) as parts:
+            yield
         for row, text in enumerate(texts):
-            self._known[text.ids] = tuple(part[row, : len(text.ids) - 1] for part in parts)
+            if text.ids not in self._known and self.nbytes < self._room:
+                self._known[text.ids] = own = [part[row, : len(text.ids) - 1] for part in parts]
+                self.nbytes += sum(part.nbytes for part in own)
 
     @contextmanager
-    def _from_down(self, others: Tensor, keys: Tensor) -> Iterator[None]:
+    def _from_down(self, down: nn.Module, others: Tensor, keys: Tensor) -> Iterator[None]:
         """others [B, T, d]: what the layer makes without its MLP; keys [B, T, d_in]: what the down-projection is given."""
-        down, outputs = submodule(self._lm.model, self._down or ""), self._lm.anatomy.layer_outputs
+        outputs = self._lm.anatomy.layer_outputs
+
+        def made(given: Tensor) -> Tensor:
+            values: Tensor = down(keys)
+            return _of_this_batch(others, given) + values
+
         with ExitStack() as stack:
-            for module in self.layers[: self.layer]:
+            for module in self._layers[: self.layer]:
                 stack.enter_context(_skipped(module, outputs))
-            stack.enter_context(_skipped(self.layers[self.layer], outputs, lambda _: others + down(keys)))
+            stack.enter_context(_skipped(self._layers[self.layer], outputs, made))
             yield
+
+
+@contextmanager
+def _apart_from(layer: nn.Module, down: nn.Module) -> Iterator[list[Tensor]]:
+    """While a layer runs once, the list becomes [what it makes without the down-projection of its MLP, what that one is given].
+
+    The values are held back and added behind the layer: to take them from its output afterwards would leave nothing where they are huge.
+    """
+    parts: list[Tensor] = []
+    held: list[Tensor] = []  # keys and values, flattened in OPT
+
+    def hold(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        held[:] = args[0].clone(), first(output)
+        return with_first(output, torch.zeros_like(held[1]))
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        others = first(output)
+        keys, values = (part.view(*others.shape[:2], -1) for part in held)
+        parts[:] = others, keys
+        return with_first(output, others + values)
+
+    with ExitStack() as stack:
+        stack.callback(down.register_forward_hook(hold).remove)
+        stack.callback(layer.register_forward_hook(add, prepend=True).remove)  # whoever looks at the layer sees all of it
+        yield parts
 
 
 @contextmanager
@@ -177,6 +196,15 @@ def resumable(lm: LanguageModel, layer: int) -> list[nn.Module]:
 def can_resume(lm: LanguageModel) -> bool:
     """Whether a layer sees nothing of the ones below but the hidden states."""
     return not getattr(lm.model.config.get_text_config(), "num_kv_shared_layers", 0)
+
+
+def _of_this_batch(cached: Tensor, given: Tensor) -> Tensor:
+    """What is cached, where the batch that runs is. Raises ModelError if it is another batch's."""
+    if given.shape != cached.shape:
+        raise ModelError(
+            f"the cached states are {list(cached.shape)} but the batch gives {list(given.shape)}; call with the batch they came from"
+        )
+    return cached.to(given.device)
 
 
 def _layers(lm: LanguageModel, layer: int) -> list[nn.Module]:

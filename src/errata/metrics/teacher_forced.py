@@ -139,7 +139,7 @@ def predict(
         ids, there = batch.input_ids, batch.attention_mask
         with within_of(within, chosen), below.running(rows) if below else nullcontext(), once(lm, ids, there, alike):
             inputs = {"input_ids": ids, "attention_mask": there, "use_cache": False}
-            logits = lm.rows_at(batch.positions, batch.mask, spare=wide(lm), **inputs).float()  # [N, V], text by text
+            logits = lm.rows_at(batch.positions, batch.mask, spare=True, **inputs).float()  # [N, V], text by text
         targets = batch.targets[batch.mask].to(logits.device)[:, None]  # [N, 1]
         p = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).exp()
         answers = zip(logits.argmax(-1).tolist(), p.tolist(), strict=True)
@@ -180,7 +180,7 @@ def unedited(lm: LanguageModel, cases: Sequence[EditCase], batch_size: int = BAT
 
 def wide(lm: LanguageModel) -> bool:
     """Whether what stands in a batch together changes rounding only. In half precision it may change an answer."""
-    return lm.dtype in (torch.float32, torch.float64)
+    return lm.is_wide
 
 
 def _locality(
