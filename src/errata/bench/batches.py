@@ -92,7 +92,7 @@ class Before:
 def lines(row: Row, method: Method, objective: Objective, lm: LanguageModel, cases: Sequence[EditCase], before: Before) -> list[Record]:
     """The lines of cases that are edited together, in their order; a case that fails has a line with its `error`, and hurts no other.
 
-    before: is filled up. The seconds are each case's share, the memory is that of the whole batch.
+    before: it is filled up. The seconds are each case's share, the memory is that of the whole batch.
     """
     seeds = [row.case_seed(case.id) for case in cases]
     peak, clock = watch_peak(lm.device), time.perf_counter()

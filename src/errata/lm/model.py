@@ -134,7 +134,8 @@ class LanguageModel:
         rows, columns = mask.nonzero(as_tuple=True)  # [N] each
         if not len(rows):
             raise ValueError("the batch holds no targets; encode the prompts with a target")
-        ends, width = positions.masked_fill(~mask, int(positions.max())).amin(-1), inputs["input_ids"].shape[1]
+        ends = positions.masked_fill(~mask, int(positions.max())).amin(-1)
+        width = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
         with asking(self, ends), only_at(self, rows, positions[rows, columns], width, spare):
             output = self.model(**inputs)
         logits: Tensor = output.logits[0]  # [N, V]

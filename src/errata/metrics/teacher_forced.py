@@ -125,7 +125,7 @@ def predict(
     """What the model puts at each token of each (prompt, answer), in batches of like length, in the order of `texts`.
 
     within: entered around each batch, with the numbers of the texts that are its rows.
-    below: spares texts that it knows the layers below an edit, and learns others.
+    below: texts that it knows begin where the edits can be felt; the others it learns. `within` must leave alone what is before that.
     Raises ValueError for a text without tokens, ModelError for one that is too long for the model.
     """
     encoded = encode_all(lm.tokenizer, texts)
