@@ -111,7 +111,7 @@ def test_what_rows_share_changes_nothing(lm: LanguageModel, monkeypatch: pytest.
     handle.remove()
 
 
-@pytest.mark.parametrize("lr", [1e10, 1e37])
+@pytest.mark.parametrize("lr", [1e20, 1e37])
 def test_an_edit_that_breaks_the_model_leaves_the_rows_after_it_alone(lm: LanguageModel, lr: float) -> None:
     row, wild = PLAN.rows[0], {"ft-m": {**SETTINGS["ft-m"], "lr": lr}}
     before = batches.Before()

@@ -221,7 +221,7 @@ class LanguageModel:
         drawn = LogitsProcessorList([sampling] if sampling else [])
         rows, cache = list(range(len(prompts))), None
         while rows:
-            config = GenerationConfig(  # type: ignore[no-untyped-call]
+            config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers has no types here
                 max_new_tokens=width + max_new_tokens - ids.shape[1],
                 do_sample=False,
                 num_beams=1,

@@ -135,7 +135,7 @@ def _end_is_watched(lm: LanguageModel) -> bool:
 @torch.no_grad()
 def _token_by_token(lm: LanguageModel, mlp: nn.Module, down: nn.Module) -> bool:
     """Whether a module makes [B, T, d] of [B, T, d] token by token: tried out on three tokens."""
-    weight: Tensor = down.weight  # type: ignore[assignment]
+    weight: Tensor = down.weight  # type: ignore[assignment]  # a projection has one
     tokens = torch.arange(3 * lm.anatomy.hidden_size, device=weight.device).sin().view(1, 3, -1).to(lm.dtype)
     try:
         together, alone = mlp(tokens), torch.cat([mlp(token) for token in tokens.split(1, dim=1)], 1)
