@@ -52,13 +52,13 @@ def edits_together(method: object) -> bool:
 def fitting(lm: LanguageModel, workers: int = 1) -> int:
     """How many edits fit into half of the memory that is free now, 1 to MOST, where so many workers with a model each share it.
 
-    An edit is taken for a dense change of one MLP down-projection, six times in float32 (itself, its gradient, two moments, its end, one
-    more on the way), and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
+    An edit is taken for a dense change of one MLP down-projection, three times in float32 (itself, its second moment, one more on the way),
+    and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
     LoRA takes less; methods that train more need `batch` in the plan.
     """
     free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
     d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
-    one = 6 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
+    one = 3 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
     others: int = (workers - 1) * sum(parameter.nbytes for parameter in lm.model.parameters())
     return max(1, min(MOST, (free - others) // 2 // one // workers))
 

@@ -73,12 +73,8 @@ class Owners:
             left, right = left[self.index], right[self.index]
         return torch.bmm(torch.bmm(x, right.transpose(1, 2)), left.transpose(1, 2))
 
-    def dense(self, x: Tensor, changes: Tensor | Sequence[Tensor]) -> Tensor:
+    def dense(self, x: Tensor, changes: Sequence[Tensor]) -> Tensor:
         """Δ_e x: x [B, T, in], changes E × [out, in] -> [B, T, out]. No change is copied for each of its rows."""
-        if self.even and isinstance(changes, Tensor):
-            grouped = x.reshape(self.count, -1, x.shape[-1])  # [E, B/E·T, in]
-            made = torch.bmm(changes, grouped.transpose(1, 2))  # this way round the gradient comes as the changes lie
-            return made.transpose(1, 2).reshape(*x.shape[:2], -1)
         if self.even:
             return torch.cat([rows @ change.T for rows, change in zip(x.chunk(self.count), changes, strict=True)])
         return torch.cat([x[rows] @ changes[e].T for e, rows in self.places])[self.back]

@@ -22,6 +22,7 @@ from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import can_resume, from_layer, states_at
 from errata.lm.tokens import Encoded
 from errata.methods.base import Method, Session, check_range, encode_each, refuse_broken
+from errata.methods.on_keys import OnKeys
 from errata.methods.together import Together, alike, train
 
 if TYPE_CHECKING:
@@ -198,30 +199,44 @@ class _Changes(Together):
         cut = [replace(text, ids=text.ids[: text.prompt_length + 1]) for own in texts for text in own]
         with capture(lm.model, {"k": path}, inputs=True) as seen:
             super().__init__(lm, texts, layer + self.straight, cut if self.last_prompt_position else None)
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        size = (len(texts), lm.anatomy.hidden_size, lm.anatomy.key_size)
-        self.parameters = [torch.zeros(size, dtype=master_dtype(weight), device=weight.device, requires_grad=True)]
-        self.keys = self._shaped(seen["k"]) if self.straight else None
+        self.changes: list[OnKeys] = self._begun(seen["k"]) if self.straight else []
 
-    def _shaped(self, keys: Tensor) -> Tensor:
-        """[B, T, d_in] (flattened in OPT), in the precision of the changes."""
-        return keys.reshape(len(self.suffix), -1, keys.shape[-1]).to(self.parameters[0].dtype)
+    def _begun(self, keys: Tensor) -> list[OnKeys]:
+        """keys: [B, T, d_in], flattened in OPT."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        keys = keys.detach().reshape(len(self.suffix), -1, keys.shape[-1]).to(master_dtype(weight))
+        return [OnKeys(own, self.lm.anatomy.hidden_size) for own in keys.chunk(self.owners.count)]  # of as many facts each
 
     def logits(self) -> Tensor:
-        (changes,), states = self.parameters, self.suffix.states
-        if self.keys is not None:
-            logits = self.suffix.logits(states + self.owners.dense(self.keys, changes).to(states))
+        if self.straight:
+            states = self.suffix.states
+            logits = self.suffix.logits(states + self._made().to(states))
         else:
-            with add_from_input(self.module, lambda keys: self.owners.dense(self._shaped(keys), changes)):
-                logits = self.suffix.logits(states)
+            with add_from_input(self.module, self._made):
+                logits = self.suffix.logits(self.suffix.states)
         return logits.expand(*self.mask.shape, -1) if self.last_prompt_position else logits
 
-    def updated(self) -> None:
-        if self.clamp is not None:
-            self.parameters[0].data.clamp_(-self.clamp, self.clamp)
+    def _made(self, keys: Tensor | None = None) -> Tensor:
+        """What the changes make of their keys [B, T, d]. keys: they are taken where the changes do not know theirs yet."""
+        if keys is not None and not self.changes:
+            self.changes = self._begun(keys)
+        self.leaves = [torch.cat([change.made() for change in self.changes]).requires_grad_()]
+        return self.leaves[0]
+
+    def step(self, gradients: Sequence[Tensor], edits: Sequence[int], lr: float) -> None:
+        (felt,) = gradients
+        own = felt.chunk(len(self.changes))
+        for edit in edits:
+            self.changes[edit].step(own[edit], lr)
+            if self.clamp is not None:
+                self.changes[edit].value.clamp_(-self.clamp, self.clamp)
+
+    def parameters_of(self, edit: int) -> list[Tensor]:
+        return [self.changes[edit].value]
 
     def keep(self, edits: list[int]) -> Tensor:
         rows = super().keep(edits)
-        if self.keys is not None:
-            self.keys = self.keys[rows, : self.suffix.states.shape[1]]
+        self.changes = [self.changes[edit] for edit in edits]
+        for change in self.changes:
+            change.cut(self.suffix.states.shape[1])
         return rows

@@ -24,7 +24,7 @@ from errata.lm.loading import refuse_uneditable
 from errata.lm.resume import can_resume
 from errata.lm.tokens import Encoded
 from errata.methods.base import Method, Session, check_range, encode_each, refuse_broken
-from errata.methods.together import Together, alike, train
+from errata.methods.together import Stacked, alike, train
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -193,7 +193,7 @@ class _Adapting(Session):
         self.adapter = dict(state["adapter"])
 
 
-class _Adapters(Together):
+class _Adapters(Stacked):
     """E adapters of every adapted module: A [E, r, in] and B [E, out, r] in turn. paths: those modules, in order."""
 
     def __init__(self, lm: LanguageModel, lora: LoRA, texts: Sequence[Sequence[Encoded]], seeds: Sequence[int]) -> None:
@@ -201,7 +201,7 @@ class _Adapters(Together):
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
         first = _fresh(lm, lora, seeds)
         self.paths = list(first[0][0])
-        self.parameters = [
+        self.leaves = [
             torch.stack([adapters[path][part] for adapters, _ in first]).requires_grad_() for path in self.paths for part in (0, 1)
         ]
         #: What each edit's masks are drawn from, for the shape [facts, tokens] that it has alone.
@@ -214,7 +214,7 @@ class _Adapters(Together):
             return self.suffix.logits(self.suffix.states)
 
     def _change(self, place: int, x: Tensor) -> Tensor:
-        a, b = self.parameters[place : place + 2]
+        a, b = self.leaves[place : place + 2]
         x = x.reshape(len(self.suffix), -1, x.shape[-1]).to(a.dtype)
         if self.dropout > 0:
             x = x * self._mask(x)

@@ -27,7 +27,7 @@ from errata.lm.resume import from_layer, resumable, run_to, states_at
 from errata.lm.tokens import Encoded, encode
 from errata.methods.base import Method, Session, check_range, encode_each, half_made, refuse_broken
 from errata.methods.locate.contexts import prefixes
-from errata.methods.together import Together, alike, train
+from errata.methods.together import Stacked, alike, train
 
 if TYPE_CHECKING:
     from errata.lm.model import LanguageModel
@@ -328,14 +328,14 @@ class _Coding(Session):
         self.memory = kept and CodeBook.restore(kept["settings"], kept["tensors"], kept["id"], kept["parent"])
 
 
-class _Blocks(Together):
+class _Blocks(Stacked):
     """E blocks: A [E, r, in] and B [E, out, r] of each adapted module in turn."""
 
     def __init__(self, session: _Coding, texts: Sequence[Sequence[Encoded]], blocks: Sequence[Block]) -> None:
         assert session.method.layers is not None  # start filled it in
         super().__init__(session.lm, texts, min(session.method.layers))
         self.modules, self.scale = session.modules, session._scale
-        self.parameters = [
+        self.leaves = [
             torch.stack([part[j] for part in parts]).requires_grad_()
             for j in range(len(self.modules))
             for parts in ([block.down for block in blocks], [block.up for block in blocks])
@@ -348,7 +348,7 @@ class _Blocks(Together):
             return self.suffix.logits(self.suffix.states)
 
     def _change(self, place: int, x: Tensor) -> Tensor:
-        down, up = self.parameters[place : place + 2]
+        down, up = self.leaves[place : place + 2]
         x = x.reshape(len(self.suffix), -1, x.shape[-1]).to(down.dtype)
         return self.owners.low_rank(x, up * self.scale, down)
 

@@ -40,10 +40,10 @@ class Together(ABC):
     """E edits in optimisation. B rows: the facts of all of them, those of one edit side by side.
 
     texts: the encoded facts of each edit. layer: the layers from here on run. targets, mask [B, Tm]: as in Batch.
-    parameters: [E, ..] each; row e belongs to the e-th edit that has not left.
+    leaves: what gradients are asked for; as the last call of `logits` left it.
     """
 
-    parameters: list[Tensor]
+    leaves: list[Tensor]
 
     def __init__(self, lm: LanguageModel, texts: Sequence[Sequence[Encoded]], layer: int, cut: Sequence[Encoded] | None = None) -> None:
         """cut: the texts that run where they are not those of the facts."""
@@ -56,10 +56,15 @@ class Together(ABC):
 
     @abstractmethod
     def logits(self) -> Tensor:
-        """Logits at the targets [B, Tm, V] with the parameters as they are, differentiable in them."""
+        """Logits at the targets [B, Tm, V] with the edits as they are, differentiable in the leaves."""
 
-    def updated(self) -> None:  # noqa: B027  # most have nothing to do
-        """Called after each update (a clamp)."""
+    @abstractmethod
+    def step(self, gradients: Sequence[Tensor], edits: Sequence[int], lr: float) -> None:
+        """One update of Adam with the gradients of the leaves. Of other edits than these nothing is asked any more."""
+
+    @abstractmethod
+    def parameters_of(self, edit: int) -> list[Tensor]:
+        """What an edit has come to: its parameters, without the edit dimension, which no later step changes."""
 
     def keep(self, edits: list[int]) -> Tensor:
         """Go on with these edits alone. Returns the rows [K] that are left."""
@@ -68,6 +73,36 @@ class Together(ABC):
         wide = max(1, int(self.mask[rows].sum(1).max()))
         self.targets, self.mask = self.targets[rows, :wide], self.mask[rows, :wide]
         return rows
+
+
+class Stacked(Together):
+    """Edits of a few numbers each, which are stacked: leaves [E, ..]; row e belongs to the e-th edit that has not left."""
+
+    _adam: torch.optim.Adam | None = None
+
+    def step(self, gradients: Sequence[Tensor], edits: Sequence[int], lr: float) -> None:
+        """See `Together.step`: every number is treated by itself, so it hurts nobody that all are."""
+        if self._adam is None:
+            self._adam = torch.optim.Adam(self.leaves, fused=True)
+        self._adam.param_groups[0]["lr"] = lr
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient.contiguous()  # fused Adam takes it as it lies in memory
+        self._adam.step()
+
+    def parameters_of(self, edit: int) -> list[Tensor]:
+        """See `Together.parameters_of`."""
+        return [leaf.detach()[edit].clone() for leaf in self.leaves]
+
+    def keep(self, edits: list[int]) -> Tensor:
+        """See `Together.keep`."""
+        left = [leaf.detach()[edits].requires_grad_() for leaf in self.leaves]
+        if self._adam is not None:
+            for old, new in zip(self.leaves, left, strict=True):
+                moments = self._adam.state.pop(old)
+                self._adam.state[new] = {name: value if name == "step" else value[edits] for name, value in moments.items()}
+            self._adam.param_groups[0]["params"] = left
+        self.leaves = left
+        return super().keep(edits)
 
 
 def train(
@@ -83,8 +118,6 @@ def train(
     losses: list[list[float]] = [[] for _ in range(count)]
     final: dict[int, list[Tensor]] = {}
     active = list(range(count))
-    adam = torch.optim.Adam(edits.parameters, lr=lr, fused=True)  # one pass over the numbers: E dense changes are many
-    schedule = torch.optim.lr_scheduler.StepLR(adam, halve_every or steps + 1, 0.5)
     reference: Tensor | None = None
     with frozen(edits.lm):
         for step in range(steps + 1):
@@ -99,34 +132,17 @@ def train(
                 refuse_broken(edits.lm, losses[edit])
                 if step == steps or finished[place] or (stop is not None and now < stop):
                     finished[place] = True
-                    final[edit] = [parameter.detach()[place].clone() for parameter in edits.parameters]
+                    final[edit] = edits.parameters_of(place)
             going = [place for place, done in enumerate(finished) if not done]
             if not going:
                 break
-            gradients = torch.autograd.grad(loss[going].sum(), edits.parameters)
+            gradients = torch.autograd.grad(loss[going].sum(), edits.leaves)
+            edits.step(gradients, going, lr * 0.5 ** (step // halve_every) if halve_every else lr)
             if len(going) < len(active):
                 active = [active[place] for place in going]
                 rows = edits.keep(going)
                 reference = None if reference is None else reference[rows, : edits.mask.shape[1]]
-                gradients = tuple(gradient[going] for gradient in gradients)
-                edits.parameters = _keep(adam, edits.parameters, going)
-            for parameter, gradient in zip(edits.parameters, gradients, strict=True):
-                parameter.grad = gradient.contiguous()  # fused Adam takes it as it lies in memory
-            adam.step()
-            schedule.step()
-            edits.updated()
     return [Trained(final[edit], losses[edit]) for edit in range(count)]
-
-
-def _keep(adam: torch.optim.Adam, parameters: Sequence[Tensor], edits: list[int]) -> list[Tensor]:
-    """Adam goes on with these edits alone: it treats every number by itself, so they do not notice. Returns their parameters."""
-    kept = []
-    for parameter in parameters:
-        left = parameter.detach()[edits].requires_grad_()
-        adam.state[left] = {name: value if name == "step" else value[edits] for name, value in adam.state.pop(parameter, {}).items()}
-        kept.append(left)
-    adam.param_groups[0]["params"] = kept
-    return kept
 
 
 def alike(texts: Sequence[Sequence[Encoded]]) -> list[list[int]]:
