@@ -70,6 +70,45 @@ def test_the_lowest_layer_that_is_changed(family: str) -> None:
     assert lowest(lm, [of(downs[2]), of(lm.anatomy.head)]) is None, "below it nothing can be kept"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "olmo2"])
+def test_each_question_is_asked_of_its_own_code_book(family: str) -> None:
+    """Each edit's own question and the others', beside an edit that writes weights; scored, and written with rows that end early."""
+    lm = language_model(family, dtype=torch.float64)
+    asked_of = [("The capital of {} is", "France", "Lyon"), ("{} was born in", "Marie Curie", "Tokyo"), ("{} lies in", "Lyon", "Japan")]
+    facts = [Fact(*one) for one in asked_of]
+    melo = methods.get("melo", layers=(2, 3), book=1, steps=30, lr=0.1, scale=1.0, radius=1e-3)
+    edits = [melo.start(lm, seed=i).complete([fact]) for i, fact in enumerate(facts)]
+    edits += [melo.start(lm).complete(facts[:2]), edits_of(lm)[0]]
+    asked = [(row, fact) for row in range(len(edits)) for fact in facts]
+    rows = [row for row, _ in asked]
+    batch = lm.batch([encode(lm.tokenizer, fact.text, fact.target) for _, fact in asked])
+    prompts = [fact.text for _, fact in asked]
+    beside = SideBySide(lm, edits)
+    with torch.no_grad(), beside.rows(rows):
+        found = lm.target_logits(batch)
+    written = lm.generate(prompts, 8, within=lambda chosen: beside.rows([rows[i] for i in chosen]))
+    plain = lm.generate([fact.text for fact in facts], 8)
+    for row, edit in enumerate(edits):
+        own = [i for i, (owner, _) in enumerate(asked) if owner == row]
+        with torch.no_grad(), edit.applied_():
+            torch.testing.assert_close(found[own], lm.target_logits(batch)[own], atol=1e-5, rtol=1e-5)  # the norms compute in float32
+            assert [written[i] for i in own] == lm.generate([prompts[i] for i in own], 8)
+        changed = [written[i] != plain[i % 3] for i in own]
+        assert row == 4 or changed == [fact in edit.facts for fact in facts], "its own questions and no others"
+
+
+def test_a_model_has_one_memory_at_a_time() -> None:
+    lm = language_model("llama")
+    fact = Fact("The capital of {} is", "France", "Lyon")
+    melo = methods.get("melo", layers=(2, 3), book=1, steps=1, lr=0.1, scale=1.0, radius=1e-3)
+    edits = [melo.start(lm, seed=i).complete([fact]) for i in range(2)]
+    assert lowest(lm, edits) is None, "a question is read from its first layer on"
+    with edits[0].applied_(), pytest.raises(EditError, match="one at a time"):
+        SideBySide(lm, edits)
+    with SideBySide(lm, edits).rows([0, 1]), pytest.raises(EditError, match="told about 2 texts, but 3 are running"), torch.no_grad():
+        lm.model(input_ids=torch.ones(3, 2, dtype=torch.long))
+
+
 def test_what_does_more_than_add_is_refused() -> None:
     lm = language_model("llama")
     path = lm.anatomy.mlp_down[0]
@@ -79,14 +118,14 @@ def test_what_does_more_than_add_is_refused() -> None:
         SideBySide(lm, [edit])
 
 
-@pytest.mark.parametrize("name", ["ft-m", "lora"])
+@pytest.mark.parametrize("name", ["ft-m", "lora", "melo"])
 def test_scores_on_atlas_are_those_of_one_by_one(name: str) -> None:
     """Token matches of every probe, and the text that is written: the same."""
     import errata
 
     lm = errata.load("atlas", device="cpu")
     cases = data.load("atlas", split="dev")[:6]
-    method = methods.get(name, steps=5, lr=1e-1 if name == "ft-m" else 1e-2)
+    method = methods.get(name, steps=5, lr={"ft-m": 1e-1, "lora": 1e-2, "melo": 1e-1}[name])
     edits = [method.start(lm, seed=i).complete(case.facts) for i, case in enumerate(cases)]
     before = teacher_forced.unedited(lm, cases)
     expected = []
@@ -97,4 +136,5 @@ def test_scores_on_atlas_are_those_of_one_by_one(name: str) -> None:
     scores = teacher_forced.score_all(lm, cases, before, within=beside.rows)
     written = generation.score_all(lm, cases, within=beside.rows)
     assert list(zip(scores, written, strict=True)) == expected
-    assert any(score.locality != 1.0 for score in scores)  # the edits have changed something
+    assert any(score.locality != 1.0 for score in scores) or name == "melo"  # the edits have changed something
+    assert any(score.reliability == 1.0 for score in scores)

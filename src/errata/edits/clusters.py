@@ -55,15 +55,16 @@ class Cluster:
         return max(_distance(self.centre, member.query) for member in self.members) / EDGE
 
 
-def route(centres: Tensor, radii: Tensor, queries: Tensor) -> Tensor:
+def route(centres: Tensor, radii: Tensor, queries: Tensor, among: Tensor | None = None) -> Tensor:
     """The nearest of the clusters whose neighbourhood holds each query: [B] long, -1 for none.
 
-    centres [C, d], radii [C], queries [B, d].
+    centres [C, d], radii [C], queries [B, d]. among [B or 1, C] bool: the clusters that each query is asked of; None: all.
     """
     if not len(centres):
         return torch.full((len(queries),), -1, device=queries.device)
     distances = torch.cdist(queries.to(centres), centres, compute_mode="donot_use_mm_for_euclid_dist")  # [B, C]
-    nearest, index = torch.where(distances <= radii, distances, torch.inf).min(-1)
+    inside = distances <= radii if among is None else (distances <= radii) & among
+    nearest, index = torch.where(inside, distances, torch.inf).min(-1)
     return torch.where(nearest.isfinite(), index, -1)
 
 

@@ -52,16 +52,16 @@ class CodeBook(Memory):
     @contextmanager
     def attached(self, lm: LanguageModel) -> Iterator[Callable[[], Tensor | None]]:
         """See `Memory.attached`. Yields a function that says which block answers each text [B] of the last call, -1 for none."""
-        self._check(lm)
-        with reading(lm) as now, ExitStack() as stack:
-            asked = _Asked(self, now)
-            stack.callback(submodule(lm.model, self.layer).register_forward_hook(asked).remove)
-            down = [torch.stack([block.down[j] for block in self.blocks]) for j in range(len(self.modules))]  # [K, r, in]
-            up = [torch.stack([block.up[j] for block in self.blocks]) for j in range(len(self.modules))]  # [K, out, r]
-            stack.enter_context(answering(lm, self.modules, down, up, self.scale, lambda: asked.blocks))
-            yield lambda: asked.blocks
+        with Books(lm, [self]).attached() as blocks:
+            yield blocks
 
-    def _check(self, lm: LanguageModel) -> None:
+    @property
+    def form(self) -> tuple[str, tuple[str, ...], float]:
+        """What books that stand side by side have in common."""
+        return self.layer, self.modules, self.scale
+
+    def check(self, lm: LanguageModel) -> None:
+        """Raises EditError if the book does not fit the model."""
         try:
             width = matrix(submodule(lm.model, self.layer)).shape[0]
             shapes = [tuple(matrix(submodule(lm.model, path)).shape) for path in self.modules]
@@ -121,15 +121,55 @@ class CodeBook(Memory):
         return cls(id, parent, settings["layer"], modules, settings["scale"], settings["radius"], clusters, blocks)
 
 
+class Books:
+    """E code books of one form side by side, each asked about texts of its own. None: one that answers nothing.
+
+    Raises EditError if one does not fit the model, ValueError for books of several forms, or none.
+    """
+
+    def __init__(self, lm: LanguageModel, books: Sequence[CodeBook | None]) -> None:
+        there = [book for book in books if book is not None]
+        if len({book.form for book in there}) != 1:
+            raise ValueError("give code books of one layer, the same adapted modules and one scale")
+        for book in there:
+            book.check(lm)
+        self._lm, (self._layer, self._modules, self._scale) = lm, there[0].form
+        blocks = [block for book in there for block in book.blocks]
+        every = range(len(self._modules))
+        self._down = [torch.stack([block.down[j] for block in blocks]) for j in every]  # [K, r, in] of each module
+        self._up = [torch.stack([block.up[j] for block in blocks]) for j in every]  # [K, out, r]
+        self._clusters: list[tuple[int, Cluster, int]] = []  # the number of its book, itself, and its block among all
+        first_block = 0
+        for number, book in enumerate(books):
+            if book is not None:
+                self._clusters += [(number, cluster, first_block + cluster.block) for cluster in book.clusters]
+                first_block += len(book.blocks)
+
+    @contextmanager
+    def attached(self, owners: Sequence[int] | None = None) -> Iterator[Callable[[], Tensor | None]]:
+        """While it lasts, text b of each batch that runs (of so many) is answered by books[owners[b]]; None: all by the first.
+
+        Yields a function that says which of all blocks answers each text [B] of the last call, -1 for none.
+        """
+        with reading(self._lm) as now, ExitStack() as stack:
+            asked = _Asked(self._clusters, now, owners)
+            stack.callback(submodule(self._lm.model, self._layer).register_forward_hook(asked).remove)
+            stack.enter_context(answering(self._lm, self._modules, self._down, self._up, self._scale, lambda: asked.blocks))
+            yield lambda: asked.blocks
+
+
 class _Asked:
     """A hook on the code-book layer: which block answers each text of the call, once for each question."""
 
-    def __init__(self, book: CodeBook, now: Callable[[], Reading]) -> None:
+    def __init__(self, clusters: Sequence[tuple[int, Cluster, int]], now: Callable[[], Reading], owners: Sequence[int] | None) -> None:
         self.blocks: Tensor | None = None  # [B]
         self._now = now
-        self._centres = torch.stack([cluster.centre for cluster in book.clusters])
-        self._radii = torch.tensor([cluster.radius for cluster in book.clusters])
-        self._block_of = torch.tensor([*(cluster.block for cluster in book.clusters), -1])  # index -1 is the last
+        self._centres = torch.stack([cluster.centre for _, cluster, _ in clusters])
+        self._radii = torch.tensor([cluster.radius for _, cluster, _ in clusters])
+        self._block_of = torch.tensor([*(block for _, _, block in clusters), -1])  # index -1 is the last
+        self._among = torch.ones(1, len(clusters), dtype=torch.bool)  # [B, C] whether a text's book has the cluster
+        if owners is not None:
+            self._among = torch.tensor(list(owners))[:, None] == torch.tensor([number for number, _, _ in clusters])
 
     def __call__(self, _: nn.Module, __: Any, output: Any) -> None:
         call, out = self._now(), first(output).detach()
@@ -138,8 +178,11 @@ class _Asked:
         out = out.reshape(len(call.ends), -1, out.shape[-1])  # OPT's MLP runs on [B·T, d]
         queries = out[torch.arange(len(out), device=out.device), call.ends.to(out.device)]  # [B, d]
         if self._centres.device != out.device:
-            self._centres, self._radii, self._block_of = (t.to(out.device) for t in (self._centres, self._radii, self._block_of))
-        self.blocks = self._block_of[route(self._centres, self._radii, queries)]
+            known = self._centres, self._radii, self._block_of, self._among
+            self._centres, self._radii, self._block_of, self._among = (t.to(out.device) for t in known)
+        if len(self._among) not in (1, len(queries)):
+            raise EditError(f"code books side by side were told about {len(self._among)} texts, but {len(queries)} are running")
+        self.blocks = self._block_of[route(self._centres, self._radii, queries, self._among)]
 
 
 @contextmanager

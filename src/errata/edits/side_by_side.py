@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from errata.edits.codebook import Books, CodeBook
 from errata.edits.delta import DenseDelta, LowRankDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.edits.errors import EditError
 from errata.lm.anatomy import is_conv1d
+from errata.lm.asking import has_memory
 from errata.lm.capture import add_from_input, submodule
 from errata.lm.own import Owners
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 class SideBySide:
     """E edits that are not applied, ready to be run side by side.
 
-    Raises EditError for one that keeps a memory beside the weights or replaces a weight: only what is added can be added row by row.
+    Raises EditError for one that keeps another memory than a code book beside the weights, or replaces a weight: only what is added can be
+    added row by row. It also does for a code book that does not fit, or where the model has a memory already.
     """
 
     def __init__(self, lm: LanguageModel, edits: Sequence[Edit]) -> None:
@@ -37,6 +40,11 @@ class SideBySide:
         self._lm, self._count = lm, len(edits)
         paths = dict.fromkeys(delta.path for edit in edits for delta in edit.deltas)
         self._changes = {path: _Change(lm, path, edits) for path in paths}
+        memories = [edit.memory if isinstance(edit.memory, CodeBook) else None for edit in edits]
+        forms = dict.fromkeys(book.form for book in memories if book is not None)
+        if forms and has_memory(lm):
+            raise EditError(f"{lm.name} has a memory beside its weights, and can have one at a time; revert() what keeps it first")
+        self._books = [Books(lm, [book if book is not None and book.form == form else None for book in memories]) for form in forms]
 
     @contextmanager
     def rows(self, edits: Sequence[int]) -> Iterator[None]:
@@ -47,19 +55,24 @@ class SideBySide:
                 if change.device not in owners:
                     owners[change.device] = Owners(edits, self._count, change.device)
                 stack.enter_context(add_from_input(submodule(self._lm.model, path), partial(change, owners[change.device])))
+            for books in self._books:
+                stack.enter_context(books.attached(edits))
             yield
 
 
 def can_stand_beside(edit: Edit) -> bool:
-    """Whether an edit does nothing but add to weights."""
-    return edit.memory is None and all(isinstance(delta, DenseDelta | LowRankDelta) for delta in edit.deltas)
+    """Whether an edit does nothing but add to weights, or to what they make of the questions in its code book."""
+    additive = all(isinstance(delta, DenseDelta | LowRankDelta) for delta in edit.deltas)
+    return additive and (edit.memory is None or isinstance(edit.memory, CodeBook))
 
 
 def lowest(lm: LanguageModel, edits: Sequence[Edit]) -> tuple[int, bool] | None:
     """The lowest layer that one of the edits changes, and whether it is the down-projection of its MLP alone that is changed there.
 
-    None where they change something outside of the layers, or nothing.
+    None where they change something outside of the layers, or nothing, or keep a memory, which has to read every question.
     """
+    if any(edit.memory is not None for edit in edits):
+        return None
     paths = {delta.path for edit in edits for delta in edit.deltas}
     layers = {path: n for path in paths for n, layer in enumerate(lm.anatomy.layers) if path.startswith(f"{layer}.")}
     if not paths or layers.keys() < paths:

@@ -216,8 +216,7 @@ class LanguageModel:
             return new
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        leave = not sampling and self.is_wide and not has_memory(self)
-        ends = _Ends(self.tokenizer, self._end_ids(), stop_at_newline, leave)
+        ends = _Ends(self.tokenizer, self._end_ids(), stop_at_newline)
         drawn = LogitsProcessorList([sampling] if sampling else [])
         rows, cache = list(range(len(prompts))), None
         while rows:
@@ -230,12 +229,12 @@ class LanguageModel:
                 pad_token_id=self.pad_id,
                 eos_token_id=ends.ids or None,
             )
-            ends.begin(len(rows))
             with (
                 within_of(within, rows),
                 _generation_config(self.model, config),
                 asking(self, torch.full((len(rows),), width - 1, device=self.device)),
             ):
+                ends.begin(len(rows), leave=not sampling and self.is_wide and not has_memory(self))
                 out = self.model.generate(
                     ids,
                     attention_mask=mask,
@@ -271,19 +270,17 @@ class LanguageModel:
 
 class _Ends(StoppingCriteria):
     """Which rows have ended: with an end token, or (`lines`) with the first new token that holds a line break, alone or among other
-    characters ('.\\n').
+    characters ('.\\n')."""
 
-    leave: as soon as half of many rows have ended, all stop.
-    """
-
-    def __init__(self, tokenizer: Any, ids: list[int], lines: bool, leave: bool) -> None:
-        self.tokenizer, self.ids, self.lines, self.leave = tokenizer, ids, lines, leave
+    def __init__(self, tokenizer: Any, ids: list[int], lines: bool) -> None:
+        self.tokenizer, self.ids, self.lines = tokenizer, ids, lines
+        self.leave = False
         self.ended: list[bool] = []
         self._known: dict[int, bool] = {}
 
-    def begin(self, rows: int) -> None:
-        """So many rows, none of which has ended."""
-        self.ended = [False] * rows
+    def begin(self, rows: int, leave: bool) -> None:
+        """So many rows, none of which has ended. leave: as soon as half of many rows have, all stop."""
+        self.ended, self.leave = [False] * rows, leave
 
     def cut(self, new: list[int]) -> list[int]:
         """What a row wrote. One that ended before the others is filled up with padding, which may be an ordinary token."""
