@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import errata
 from errata import data, methods
 from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement
 from errata.edits.side_by_side import SideBySide, can_stand_beside, lowest
@@ -76,9 +79,10 @@ def test_each_question_is_asked_of_its_own_code_book(family: str) -> None:
     lm = language_model(family, dtype=torch.float64)
     asked_of = [("The capital of {} is", "France", "Lyon"), ("{} was born in", "Marie Curie", "Tokyo"), ("{} lies in", "Lyon", "Japan")]
     facts = [Fact(*one) for one in asked_of]
-    melo = methods.get("melo", layers=(2, 3), book=1, steps=30, lr=0.1, scale=1.0, radius=1e-3)
+    melo = errata.MELO(layers=(2, 3), book=1, steps=30, lr=0.1, scale=1.0, radius=1e-3)
     edits = [melo.start(lm, seed=i).complete([fact]) for i, fact in enumerate(facts)]
-    edits += [melo.start(lm).complete(facts[:2]), edits_of(lm)[0]]
+    wide = replace(melo, rank=melo.rank + 1)  # a book that the others' blocks do not fit
+    edits += [wide.start(lm).complete(facts[:2]), edits_of(lm)[0]]
     asked = [(row, fact) for row in range(len(edits)) for fact in facts]
     rows = [row for row, _ in asked]
     batch = lm.batch([encode(lm.tokenizer, fact.text, fact.target) for _, fact in asked])
@@ -121,8 +125,6 @@ def test_what_does_more_than_add_is_refused() -> None:
 @pytest.mark.parametrize("name", ["ft-m", "lora", "melo"])
 def test_scores_on_atlas_are_those_of_one_by_one(name: str) -> None:
     """Token matches of every probe, and the text that is written: the same."""
-    import errata
-
     lm = errata.load("atlas", device="cpu")
     cases = data.load("atlas", split="dev")[:6]
     method = methods.get(name, steps=5, lr={"ft-m": 1e-1, "lora": 1e-2, "melo": 1e-1}[name])

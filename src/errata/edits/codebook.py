@@ -56,9 +56,9 @@ class CodeBook(Memory):
             yield blocks
 
     @property
-    def form(self) -> tuple[str, tuple[str, ...], float]:
-        """What books that stand side by side have in common."""
-        return self.layer, self.modules, self.scale
+    def form(self) -> tuple[str, tuple[str, ...], float, int]:
+        """What books that stand side by side have in common, with the rank of their blocks."""
+        return self.layer, self.modules, self.scale, len(self.blocks[0].down[0])
 
     def check(self, lm: LanguageModel) -> None:
         """Raises EditError if the book does not fit the model."""
@@ -130,20 +130,20 @@ class Books:
     def __init__(self, lm: LanguageModel, books: Sequence[CodeBook | None]) -> None:
         there = [book for book in books if book is not None]
         if len({book.form for book in there}) != 1:
-            raise ValueError("give code books of one layer, the same adapted modules and one scale")
+            raise ValueError("give code books of one layer, the same adapted modules, one scale and one rank")
         for book in there:
             book.check(lm)
-        self._lm, (self._layer, self._modules, self._scale) = lm, there[0].form
+        self._lm, (self._layer, self._modules, self._scale, _) = lm, there[0].form
         blocks = [block for book in there for block in book.blocks]
         every = range(len(self._modules))
         self._down = [torch.stack([block.down[j] for block in blocks]) for j in every]  # [K, r, in] of each module
         self._up = [torch.stack([block.up[j] for block in blocks]) for j in every]  # [K, out, r]
         self._clusters: list[tuple[int, Cluster, int]] = []  # the number of its book, itself, and its block among all
         first_block = 0
-        for number, book in enumerate(books):
-            if book is not None:
-                self._clusters += [(number, cluster, first_block + cluster.block) for cluster in book.clusters]
-                first_block += len(book.blocks)
+        for number, own in enumerate(books):
+            if own is not None:
+                self._clusters += [(number, cluster, first_block + cluster.block) for cluster in own.clusters]
+                first_block += len(own.blocks)
 
     @contextmanager
     def attached(self, owners: Sequence[int] | None = None) -> Iterator[Callable[[], Tensor | None]]:
