@@ -130,6 +130,10 @@ def test_size_is_chosen_from_memory_and_kept(tmp_path: Path, lm: LanguageModel, 
     assert batches.fitting(lm) == 1
     lines(tmp_path / "run", lm, replace(PLAN, batch=0, methods=("ft-m",), settings={"ft-m": SETTINGS["ft-m"]}))
     assert Plan.read(tmp_path / "run" / PLAN_FILE).batch == 1
+    one = 6 * 8 * lm.anatomy.hidden_size * lm.anatomy.key_size  # in float64, without what tokens leave behind
+    monkeypatch.setattr(batches, "TOKENS", 0)
+    monkeypatch.setattr(batches.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2 * 10 * one})())
+    assert batches.fitting(lm) == 10 and batches.fitting(lm, workers=2) < 5, "half of the memory, less the other worker's model"
 
 
 def test_who_edits_together() -> None:

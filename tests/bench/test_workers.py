@@ -56,8 +56,8 @@ def go(plan: Plan, out: Path, **options: Any) -> tuple[list[Record], dict[str, A
     return sorted(map(untimed, lines), key=lambda line: json.dumps(line, sort_keys=True)), untimed(results)
 
 
-@pytest.mark.parametrize("protocol", PLANS)
-def test_lines_and_results_are_those_of_one_process(tmp_path: Path, protocol: str) -> None:
+@pytest.mark.parametrize(("protocol", "then"), [("single", 3), ("one by one", 1), ("continual", 1), ("sequential", 1)])
+def test_lines_and_results_are_those_of_one_process(tmp_path: Path, protocol: str, then: int) -> None:
     """Also of a run that is cut off and goes on with another number of workers."""
     plan = PLANS[protocol]
     alone = go(plan, tmp_path / "alone")
@@ -65,7 +65,7 @@ def test_lines_and_results_are_those_of_one_process(tmp_path: Path, protocol: st
     assert both == alone
     path = tmp_path / "both" / RECORDS
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
-    assert go(plan, tmp_path / "both", workers=3, resume=True) == alone
+    assert go(plan, tmp_path / "both", workers=then, resume=True) == alone
     assert not (tmp_path / "both" / STATE).exists()
 
 

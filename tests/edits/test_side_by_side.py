@@ -10,6 +10,7 @@ import torch
 import errata
 from errata import data, methods
 from errata.edits import DenseDelta, Edit, EditError, LowRankDelta, Replacement
+from errata.edits.codebook import Books, CodeBook
 from errata.edits.side_by_side import SideBySide, can_stand_beside, lowest
 from errata.facts import Fact
 from errata.lm import LanguageModel, encode
@@ -75,13 +76,14 @@ def test_the_lowest_layer_that_is_changed(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "olmo2"])
 def test_each_question_is_asked_of_its_own_code_book(family: str) -> None:
-    """Each edit's own question and the others', beside an edit that writes weights; scored, and written with rows that end early."""
+    """Each edit's own questions and the others', of books of one form and another, beside an edit that writes weights."""
     lm = language_model(family, dtype=torch.float64)
     asked_of = [("The capital of {} is", "France", "Lyon"), ("{} was born in", "Marie Curie", "Tokyo"), ("{} lies in", "Lyon", "Japan")]
     facts = [Fact(*one) for one in asked_of]
     melo = errata.MELO(layers=(2, 3), book=1, steps=30, lr=0.1, scale=1.0, radius=1e-3)
     edits = [melo.start(lm, seed=i).complete([fact]) for i, fact in enumerate(facts)]
     wide = replace(melo, rank=melo.rank + 1)  # a book that the others' blocks do not fit
+    edits[1:1] = [melo.start(lm, seed=7).complete(facts)]  # several blocks before others
     edits += [wide.start(lm).complete(facts[:2]), edits_of(lm)[0]]
     asked = [(row, fact) for row in range(len(edits)) for fact in facts]
     rows = [row for row, _ in asked]
@@ -98,19 +100,49 @@ def test_each_question_is_asked_of_its_own_code_book(family: str) -> None:
             torch.testing.assert_close(found[own], lm.target_logits(batch)[own], atol=1e-5, rtol=1e-5)  # the norms compute in float32
             assert [written[i] for i in own] == lm.generate([prompts[i] for i in own], 8)
         changed = [written[i] != plain[i % 3] for i in own]
-        assert row == 4 or changed == [fact in edit.facts for fact in facts], "its own questions and no others"
+        assert row == 5 or changed == [fact in edit.facts for fact in facts], "its own questions and no others"
 
 
-def test_a_model_has_one_memory_at_a_time() -> None:
+def test_each_of_many_texts_that_end_early_keeps_its_code_book() -> None:
+    """A memory has to know its questions until all of a batch have ended, also when it comes with the batch."""
+    lm = errata.load("atlas", device="cpu")
+    cases = data.load("atlas", split="dev")[:12]
+    melo = errata.MELO(steps=8)
+    edits = [melo.start(lm, seed=i).complete(case.facts) for i, case in enumerate(cases)]
+    prompts = [case.facts[0].text for case in cases]
+    written = lm.generate(prompts, 24, within=SideBySide(lm, edits).rows)
+    for edit, prompt, ours in zip(edits, prompts, written, strict=True):
+        with edit.applied_():
+            assert lm.generate([prompt], 24) == [ours]
+    lengths = sorted(len(lm.tokenizer(text).input_ids) for text in written)
+    assert lengths[len(lengths) // 2] < lengths[-1], "half of them have ended before the last"
+
+
+def test_code_books_are_asked_with_care() -> None:
     lm = language_model("llama")
     fact = Fact("The capital of {} is", "France", "Lyon")
-    melo = methods.get("melo", layers=(2, 3), book=1, steps=1, lr=0.1, scale=1.0, radius=1e-3)
+    melo = errata.MELO(layers=(2, 3), book=1, steps=1, lr=0.1, scale=1.0, radius=1e-3)
     edits = [melo.start(lm, seed=i).complete([fact]) for i in range(2)]
-    assert lowest(lm, edits) is None, "a question is read from its first layer on"
-    with edits[0].applied_(), pytest.raises(EditError, match="one at a time"):
-        SideBySide(lm, edits)
-    with SideBySide(lm, edits).rows([0, 1]), pytest.raises(EditError, match="told about 2 texts, but 3 are running"), torch.no_grad():
-        lm.model(input_ids=torch.ones(3, 2, dtype=torch.long))
+    assert all(map(can_stand_beside, edits))
+    assert lowest(lm, edits) is lowest(lm, [edits_of(lm)[0], edits[0]]) is None, "a question is read from its first layer on"
+    beside = SideBySide(lm, edits)
+    with edits[0].applied_(), pytest.raises(EditError, match="one at a time"), beside.rows([0, 1]):
+        pass
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match="rows must name one of 2 changes"), beside.rows([0, wrong]):
+            pass
+    for rows in ([0, 1], [0]):
+        with pytest.raises(EditError, match=f"told about {len(rows)} texts, but 3 are running"), beside.rows(rows), torch.no_grad():
+            lm.model(input_ids=torch.ones(3, 2, dtype=torch.long))
+    with pytest.raises(EditError, match="the code book"):
+        SideBySide(language_model("opt"), edits)
+    book = edits[0].memory
+    assert isinstance(book, CodeBook)
+    narrow = replace(book, id="other", clusters=tuple(replace(c, centre=c.centre[:3]) for c in book.clusters))
+    with pytest.raises(EditError, match="centres are 3 wide"):
+        Books(lm, [book, narrow])
+    with pytest.raises(ValueError, match="one rank"):
+        Books(lm, [None])
 
 
 def test_what_does_more_than_add_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from errata import methods
-from errata.edits import Edit
+from errata.edits import Edit, EditError
 from errata.facts import Fact, FactError
 from errata.lm import LanguageModel
 from errata.objectives import CrossEntropy, Overtone
@@ -79,6 +79,17 @@ def test_each_is_the_edit_it_would_be_alone(name: str, objective: Any) -> None:
     assert_same(editor.many(lm, REQUESTS, SEEDS, objective), alone)
 
 
+@pytest.mark.parametrize("objective", [CrossEntropy(), Overtone(dynamic=False)], ids=str)
+def test_those_that_go_on_keep_what_is_theirs(objective: Any) -> None:
+    """Edits that stop early stand before and between others of their length in the batch."""
+    lm, editor = language_model("llama", dtype=torch.float64), method("ft-m", stop=3.0, steps=12)
+    requests = [[Fact("The capital of {} is", s, target)] for s in ("France", "Japan") for target in ("Tokyo", "Paris", "Warsaw", "Lyon")]
+    alone = [editor.start(lm, objective=objective).complete(facts) for facts in requests]
+    ends = [edit.diagnostics["steps"] for edit in alone]
+    assert ends[1] < ends[0] > ends[3] < ends[2] and len(set(ends)) > 3
+    assert_same(editor.many(lm, requests, [0] * len(requests), objective), alone)
+
+
 @pytest.mark.parametrize("name", ("ft-m", "lora", "memit", "melo"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_every_architecture(family: str, name: str) -> None:
@@ -124,6 +135,19 @@ def test_what_cannot_be_edited_does_not_hurt_its_neighbours(name: str) -> None:
     assert isinstance(made[1], FactError) and "too long" in str(made[1]) and isinstance(made[3], FactError)
     alone = [editor.start(lm, seed=seed).complete(facts) for facts, seed in ((REQUESTS[0], 11), (REQUESTS[1], 5))]
     assert_same([made[0], made[2]], alone)
+
+
+@pytest.mark.parametrize("name", ["ft-l", "ft-m", "lora"])
+def test_beside_a_memory_each_is_the_edit_it_would_be_alone(name: str) -> None:
+    """One that has taken a question of theirs: it is asked about whole texts, also by edits that begin above it."""
+    lm = language_model("llama", dtype=torch.float64)
+    editor = method(name, steps=3)
+    with method("melo", steps=20).start(lm).complete(REQUESTS[0]).applied_():
+        alone = one_by_one(editor, lm)
+        assert_same(editor.many(lm, REQUESTS, SEEDS), alone)
+        with pytest.raises(EditError):
+            method("melo").many(lm, REQUESTS, SEEDS)
+    assert one_by_one(editor, lm)[0].diagnostics["losses"] != alone[0].diagnostics["losses"], "it has answered"
 
 
 def test_the_default_is_one_by_one() -> None:

@@ -52,13 +52,13 @@ def edits_together(method: object) -> bool:
 def fitting(lm: LanguageModel, workers: int = 1) -> int:
     """How many edits fit into half of the memory that is free now, 1 to MOST, where so many workers with a model each share it.
 
-    An edit is taken for a dense change of one MLP down-projection, three times in float32 (itself, its second moment, one more on the way),
-    and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and 4 of the MLP's.
-    LoRA takes less; methods that train more need `batch` in the plan.
+    An edit is taken for six matrices of an MLP down-projection's shape in the precision of changes (RECT leaves one in each of five layers;
+    FT has two while it trains one), and what TOKENS tokens leave behind in each layer for the way back: 16 vectors of the hidden size and
+    4 of the MLP's. LoRA takes less; methods that train more need `batch` in the plan.
     """
     free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
     d, inner = lm.anatomy.hidden_size, lm.anatomy.key_size
-    one = 3 * 4 * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
+    one = 6 * max(4, lm.dtype.itemsize) * d * inner + TOKENS * len(lm.anatomy.layers) * (16 * d + 4 * inner) * lm.dtype.itemsize
     others: int = (workers - 1) * sum(parameter.nbytes for parameter in lm.model.parameters())
     return max(1, min(MOST, (free - others) // 2 // one // workers))
 

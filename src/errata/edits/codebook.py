@@ -147,9 +147,10 @@ class Books:
 
     @contextmanager
     def attached(self, owners: Sequence[int] | None = None) -> Iterator[Callable[[], Tensor | None]]:
-        """While it lasts, text b of each batch that runs (of so many) is answered by books[owners[b]]; None: all by the first.
+        """While it lasts, text b of each batch that runs (of so many) is answered by books[owners[b]]; None: every text by all of them.
 
-        Yields a function that says which of all blocks answers each text [B] of the last call, -1 for none.
+        Yields a function that says which of all blocks answers each text [B] of the last call, -1 for none. Raises EditError, while the
+        model runs, for a batch of another size.
         """
         with reading(self._lm) as now, ExitStack() as stack:
             asked = _Asked(self._clusters, now, owners)
@@ -167,7 +168,7 @@ class _Asked:
         self._centres = torch.stack([cluster.centre for _, cluster, _ in clusters])
         self._radii = torch.tensor([cluster.radius for _, cluster, _ in clusters])
         self._block_of = torch.tensor([*(block for _, _, block in clusters), -1])  # index -1 is the last
-        self._among = torch.ones(1, len(clusters), dtype=torch.bool)  # [B, C] whether a text's book has the cluster
+        self._among: Tensor | None = None  # [B, C] whether a text's book has the cluster
         if owners is not None:
             self._among = torch.tensor(list(owners))[:, None] == torch.tensor([number for number, _, _ in clusters])
 
@@ -178,9 +179,9 @@ class _Asked:
         out = out.reshape(len(call.ends), -1, out.shape[-1])  # OPT's MLP runs on [B·T, d]
         queries = out[torch.arange(len(out), device=out.device), call.ends.to(out.device)]  # [B, d]
         if self._centres.device != out.device:
-            known = self._centres, self._radii, self._block_of, self._among
-            self._centres, self._radii, self._block_of, self._among = (t.to(out.device) for t in known)
-        if len(self._among) not in (1, len(queries)):
+            self._centres, self._radii, self._block_of = (t.to(out.device) for t in (self._centres, self._radii, self._block_of))
+            self._among = None if self._among is None else self._among.to(out.device)
+        if self._among is not None and len(self._among) != len(queries):
             raise EditError(f"code books side by side were told about {len(self._among)} texts, but {len(queries)} are running")
         self.blocks = self._block_of[route(self._centres, self._radii, queries, self._among)]
 

@@ -31,7 +31,7 @@ class SideBySide:
     """E edits that are not applied, ready to be run side by side.
 
     Raises EditError for one that keeps another memory than a code book beside the weights, or replaces a weight: only what is added can be
-    added row by row. It also does for a code book that does not fit, or where the model has a memory already.
+    added row by row. It also does for a code book that does not fit.
     """
 
     def __init__(self, lm: LanguageModel, edits: Sequence[Edit]) -> None:
@@ -42,14 +42,17 @@ class SideBySide:
         self._changes = {path: _Change(lm, path, edits) for path in paths}
         memories = [edit.memory if isinstance(edit.memory, CodeBook) else None for edit in edits]
         forms = dict.fromkeys(book.form for book in memories if book is not None)
-        if forms and has_memory(lm):
-            raise EditError(f"{lm.name} has a memory beside its weights, and can have one at a time; revert() what keeps it first")
         self._books = [Books(lm, [book if book is not None and book.form == form else None for book in memories]) for form in forms]
 
     @contextmanager
     def rows(self, edits: Sequence[int]) -> Iterator[None]:
-        """While it lasts, row b of each batch that runs (of so many rows) is that of the model with edit number edits[b] applied."""
-        owners: dict[torch.device, Owners] = {}
+        """While it lasts, row b of each batch that runs (of so many rows) is that of the model with edit number edits[b] applied.
+
+        Raises ValueError for a number that no edit has, EditError where an edit has a code book and the model a memory already.
+        """
+        if self._books and has_memory(self._lm):
+            raise EditError(f"{self._lm.name} has a memory beside its weights, and can have one at a time; revert() what keeps it first")
+        owners = {self._lm.device: Owners(edits, self._count, self._lm.device)}
         with ExitStack() as stack:
             for path, change in self._changes.items():
                 if change.device not in owners:

@@ -16,6 +16,7 @@ from errata.edits.delta import DenseDelta, master_dtype
 from errata.edits.edit import Edit
 from errata.facts import Fact, FactError
 from errata.lm.anatomy import is_conv1d
+from errata.lm.asking import has_memory
 from errata.lm.capture import add_from_input, add_to_output, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.loading import refuse_uneditable
@@ -100,7 +101,7 @@ class FT(Method):
         """See `Method.many`. Nothing is drawn here, so the seeds say nothing."""
         session = self.start(lm, objective)
         assert isinstance(session, _Tuning)
-        if len(requests) < 2 or len(session.method.layers) > 1 or not can_resume(lm):
+        if len(requests) < 2 or len(session.method.layers) > 1 or not can_resume(lm) or has_memory(lm):  # which reads whole texts
             return super().many(lm, requests, seeds, objective)
         return session.many(requests)
 

@@ -21,6 +21,7 @@ from errata.edits.memory import grown_id
 from errata.edits.stack import Stack
 from errata.facts import Fact, FactError
 from errata.lm.anatomy import matrix
+from errata.lm.asking import has_memory
 from errata.lm.capture import add_from_input, capture, submodule
 from errata.lm.errors import ModelError
 from errata.lm.resume import from_layer, resumable, run_to, states_at
@@ -120,7 +121,7 @@ class MELO(Method):
         self, lm: LanguageModel, requests: Sequence[Sequence[Fact]], seeds: Sequence[int], objective: Objective | None = None
     ) -> list[Edit | FactError]:
         """See `Method.many`. Each edit is a code book of its own; the blocks of all of them are trained side by side."""
-        if len(requests) < 2:
+        if len(requests) < 2 or has_memory(lm):
             return super().many(lm, requests, seeds, objective)
         session = self.start(lm, objective)
         assert isinstance(session, _Coding)
