@@ -14,7 +14,7 @@ from errata.edits.codebook import Books, CodeBook
 from errata.edits.side_by_side import SideBySide, can_stand_beside, lowest
 from errata.facts import Fact
 from errata.lm import LanguageModel, encode
-from errata.lm.anatomy import is_conv1d
+from errata.lm.anatomy import matrix
 from errata.lm.capture import submodule
 from errata.metrics import generation, teacher_forced
 from tests.families import language_model
@@ -28,13 +28,10 @@ def edits_of(lm: LanguageModel) -> list[Edit]:
     down, other = lm.anatomy.mlp_down[1], lm.anatomy.mlp_down[2]
 
     def dense(path: str) -> DenseDelta:
-        shape = submodule(lm.model, path).weight.shape
-        return DenseDelta(path, torch.randn(*shape, dtype=torch.float64))  # type: ignore[call-overload]
+        return DenseDelta(path, torch.randn_like(lm.model.get_parameter(f"{path}.weight"), dtype=torch.float64))
 
     def low(path: str, rank: int) -> LowRankDelta:
-        module = submodule(lm.model, path)
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type, union-attr]
-        out, width = shape[::-1] if is_conv1d(module) else shape
+        out, width = matrix(submodule(lm.model, path)).shape
         return LowRankDelta(path, torch.randn(out, rank, dtype=torch.float64), torch.randn(rank, width, dtype=torch.float64))
 
     deltas = [[dense(down)], [low(down, 2), low(other, 1)], [dense(down), low(down, 3), dense(down)], []]
@@ -148,7 +145,7 @@ def test_code_books_are_asked_with_care() -> None:
 def test_what_does_more_than_add_is_refused() -> None:
     lm = language_model("llama")
     path = lm.anatomy.mlp_down[0]
-    edit = Edit(lm, [Replacement(path, submodule(lm.model, path).weight.detach().clone())], [], {"name": "folded"})  # type: ignore[union-attr, operator]
+    edit = Edit(lm, [Replacement(path, lm.model.get_parameter(f"{path}.weight").detach().clone())], [], {"name": "folded"})
     assert not can_stand_beside(edit)
     with pytest.raises(EditError, match="cannot run beside others"):
         SideBySide(lm, [edit])

@@ -50,16 +50,16 @@ def full_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     return logits
 
 
-def state_of(lm: LanguageModel) -> tuple[object, ...]:
+def state_of(lm: LanguageModel) -> tuple[object, list[Tensor]]:
     """What a context manager could leave behind: hooks, replaced methods, changed weights."""
     modules = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in lm.model.modules()]
     return modules, [p.detach().clone() for p in lm.model.parameters()]
 
 
-def assert_untouched(lm: LanguageModel, before: tuple[object, ...]) -> None:
+def assert_untouched(lm: LanguageModel, before: tuple[object, list[Tensor]]) -> None:
     modules, weights = state_of(lm)
     assert modules == before[0]
-    assert all(torch.equal(now, then) for now, then in zip(weights, before[1], strict=True))  # type: ignore[call-overload]
+    assert all(torch.equal(now, then) for now, then in zip(weights, before[1], strict=True))
 
 
 def test_anatomy_is_the_tables(name: str, lm: LanguageModel) -> None:
@@ -183,7 +183,8 @@ def test_texts_that_begin_alike_share_the_work_of_the_mlps(name: str, lm: Langua
 
         def counted(path: str, x: Tensor) -> Tensor:
             ran[path] += x.shape[:-1].numel()
-            return forwards[path](x)  # type: ignore[no-any-return]
+            made: Tensor = forwards[path](x)
+            return made
 
         with once(lm, batch.input_ids, batch.attention_mask, layers):
             for path in paths:

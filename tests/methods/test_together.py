@@ -167,7 +167,7 @@ def test_pefts_draws_are_repeated() -> None:
 
     for family in ("llama", "gpt2"):
         lm = language_model(family, dtype=torch.float64)
-        started: Any = methods.get("lora", rank=4).start(lm).method  # type: ignore[attr-defined]
+        started: Any = methods.get("lora", rank=4).start(lm).method
         begun, generator = lora._injected(lm, started, 3)
         again, other = lora._drawn(lm, started, 3, begun)
         assert list(begun) == list(again) and all(torch.equal(begun[path][0], again[path][0]) for path in begun)

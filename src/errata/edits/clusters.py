@@ -58,7 +58,7 @@ class Cluster:
 def route(centres: Tensor, radii: Tensor, queries: Tensor, among: Tensor | None = None) -> Tensor:
     """The nearest of the clusters whose neighbourhood holds each query: [B] long, -1 for none.
 
-    centres [C, d], radii [C], queries [B, d]. among [B or 1, C] bool: the clusters that each query is asked of; None: all.
+    centres [C, d], radii [C], queries [B, d]. among [B, C] bool: the clusters that each query is asked of; None: all.
     """
     if not len(centres):
         return torch.full((len(queries),), -1, device=queries.device)

@@ -174,7 +174,7 @@ class _Tuning(Session):
 
     def _zero(self, module: nn.Module) -> Tensor:
         """A change [d, d_in] of the module's weight, to be trained, wherever that weight lies."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight  # type: ignore[assignment]  # a projection has one
         shape = (self.lm.anatomy.hidden_size, self.lm.anatomy.key_size)
         return torch.zeros(shape, dtype=master_dtype(weight), device=weight.device, requires_grad=True)
 
@@ -204,7 +204,7 @@ class _Changes(Together):
 
     def _begun(self, keys: Tensor) -> list[OnKeys]:
         """keys: [B, T, d_in], flattened in OPT."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        weight: Tensor = self.module.weight  # type: ignore[assignment]  # a projection has one
         keys = keys.detach().reshape(len(self.suffix), -1, keys.shape[-1]).to(master_dtype(weight))
         return [OnKeys(own, self.lm.anatomy.hidden_size) for own in keys.chunk(self.owners.count)]  # of as many facts each
 

@@ -44,7 +44,7 @@ class OnKeys:
 
     @torch.no_grad()
     def step(self, felt: Tensor, lr: float) -> None:
-        """One step down the gradient `felt` [F, T, d] in what the change makes of the keys."""
+        """One step of Adam down G, here `felt` [F, T, d]: the gradient in what the change makes of the keys. lr: of this step."""
         self._steps += 1
         (one, two), gradient = BETAS, self._product(felt)
         if self._mean is None:
